@@ -1,0 +1,288 @@
+"""Config arguments, the keys that every config has, and stages.
+
+A config is `get_config(arg)` in `configs/`. The argument follows the file's
+name after a colon: `configs/avmae_vgg.py:demo,encoder=early`.
+"""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from avjax.errors import InputError, unknown
+
+# Every key that an argument may use, in any config.
+ARGUMENTS = (
+  "demo",
+  "size",
+  "modality",
+  "encoder",
+  "decoder",
+  "objective",
+  "variant",
+  "pretrain",
+  "epochs",
+)
+
+
+def parse_arg(arg: str | None, **defaults: Any) -> ConfigDict:
+  """Reads `key=value,…`; a bare key means true.
+
+  Args:
+    arg: the text after the colon, may be empty or None.
+    **defaults: the keys this config knows; values take the default's type.
+      `demo=False` is always known.
+
+  Raises:
+    InputError: an unknown key (the nearest is named), a repeated key, or a
+      value that does not fit the default's type.
+  """
+  defaults = {"demo": False, **defaults}
+  stray = set(defaults) - set(ARGUMENTS)
+  if stray:
+    raise unknown("config argument", min(stray), ARGUMENTS)
+  values = dict(defaults)
+  seen = set()
+  for part in filter(None, (p.strip() for p in (arg or "").split(","))):
+    key, equals, text = part.partition("=")
+    if key not in defaults:
+      raise unknown("config argument", key, defaults)
+    if key in seen:
+      raise InputError(f"config argument {key!r} is given twice in {arg!r}")
+    seen.add(key)
+    values[key] = _convert(key, text if equals else "true", defaults[key])
+  return ConfigDict(values)
+
+
+def _convert(key: str, text: str, default: Any) -> Any:
+  if isinstance(default, bool):
+    if text.lower() in ("true", "1", "false", "0"):
+      return text.lower() in ("true", "1")
+    raise InputError(f"config argument {key}={text!r} is not true or false")
+  try:
+    return type(default)(text)
+  except ValueError as error:
+    kind = type(default).__name__
+    raise InputError(f"config argument {key}={text!r} is not {kind}") from error
+
+
+def choose(table: Mapping[str, Any], name: str, key: str) -> Any:
+  """`table[name]` for a config argument; see `avjax.errors.lookup`."""
+  if name not in table:
+    raise unknown(f"value of config argument {key}", name, table)
+  return table[name]
+
+
+def base_config() -> ConfigDict:
+  """The keys that every config has, with neutral values.
+
+  A config sets what its paper says. Anything not here or in `model` is
+  refused, so a misspelt key never passes silently.
+  """
+  return ConfigDict(
+    {
+      "seed": 42,
+      # One of the two is positive. An epoch is the built split's size.
+      "total_steps": 0,
+      "total_epochs": 0.0,
+      "batch_size": 512,  # global
+      "dtype": "float32",  # of the computation; parameters are float32
+      "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
+      "method": "",
+      "model": {},
+      "data": data_section(),
+      "optimizer": {
+        "name": "adam",  # adam, adam_l2 (coupled), sgd
+        "b1": 0.9,
+        "b2": 0.999,
+        "eps": 1e-8,
+        "momentum": 0.9,
+        "weight_decay": 0.0,
+        "clip_norm": 0.0,  # 0 = none
+        "layer_decay": 1.0,
+        "multipliers": {},  # parameter group -> factor of the learning rate
+        "accumulate": 1,  # micro-batches per step
+        "average": "none",  # none, ema, epochs (mean of epoch checkpoints)
+        "ema_decay": 0.9999,
+        "average_from": 1,  # first epoch of `epochs`
+      },
+      "schedule": {
+        "name": "cosine",  # cosine, constant, step
+        "base_lr": 1e-3,
+        "lr_batch": 0,  # lr = base_lr * batch_size / lr_batch; 0 = base_lr
+        "warmup_steps": 0,
+        "warmup_epochs": 0.0,
+        "step_epochs": (),  # `step`: epochs at which lr *= step_factor
+        "step_factor": 0.5,
+      },
+      "evals": {},  # name -> see eval_section
+      "checkpoint": {
+        "every_steps": 0,
+        "every_epochs": 1.0,
+        "keep": 2,
+        "best": "",  # metric whose best checkpoint is kept too
+        "best_mode": "max",
+      },
+      # '' = random initialisation; a workdir, checkpoint or weights file; or
+      # `audio:PATH,video:PATH`. In a staged run 'previous' is the stage before.
+      "init_from": "",
+      "log_every": 50,
+      "stages": (),
+    }
+  )
+
+
+def data_section() -> ConfigDict:
+  """`config.data`: which clips, how they are cut and what is done to them."""
+  return ConfigDict(
+    {
+      "name": "av_demo",
+      "dir": "",  # '' = $AVJAX_DATA or ~/avjax_data
+      "variant": "video",
+      "split": "train",
+      "heads": ("label",),  # label heads to read
+      "multilabel": False,
+      "modality": "av",  # which tracks to read: a, v or av
+      "video": {
+        "num_frames": 16,
+        "rate": 25.0,  # frames/s that `stride` counts in
+        "stride": 4,
+        "resize": 256,  # short side before the crop
+        "size": 224,  # of the crop
+        "mean": (0.5, 0.5, 0.5),  # of values in 0..1: (x - mean) / std
+        "std": (0.5, 0.5, 0.5),
+      },
+      "audio": {
+        "rate": 16_000,
+        "seconds": 8.0,
+        # Where the sound starts against the frames in training: `aligned`
+        # (same time, moved back if the track is too short, never wrapped),
+        # `wrap` (same time, wrapped around: the public AV-MAE code),
+        # `independent`.
+        "start": "aligned",
+      },
+      "fbank": {
+        "window": "hamming",  # hamming, hanning
+        "num_mels": 128,
+        "low_hz": 20.0,
+        "high_hz": 0.0,  # 0 = half the rate
+        "preemphasis": 0.97,
+        "remove_dc": True,
+        "frame_ms": 25.0,
+        "hop_ms": 10.0,
+        # `same`: seconds*100 frames, the last ones padded with zeros;
+        # `snip`: Kaldi's whole frames only, then padded as `pad` says.
+        "edges": "same",
+        "mean": 0.0,
+        "std": 1.0,
+      },
+      "augment": {
+        "flip": 0.0,  # probability
+        "random_crop": True,
+        "scale_jitter": (1.0, 1.0),  # height and width drawn apart
+        "colour": 0.0,  # probability
+        "grey": 0.0,  # probability
+        "freq_masks": 0,
+        "freq_size": 0,  # bins at most
+        "time_masks": 0,
+        "time_size": 0,  # frames at most
+        "time_shift": False,  # circular, uniform over the whole length
+        "mixup": 0.0,  # alpha of Beta(alpha, alpha)
+        "mixup_per_modality": False,
+      },
+      "sampling": "shuffle",  # shuffle, balanced
+      "workers": 0,  # processes; 0 = threads of this one
+      "threads": 2,
+      "prefetch": 2,  # batches on the device
+      "limit": 0,  # first clips of the split only; 0 = all
+      "demo": {"clips_per_class": 40, "test_per_class": 10, "seed": 0},
+    }
+  )
+
+
+def eval_section(kind: str, **options: Any) -> ConfigDict:
+  """One entry of `config.evals`.
+
+  Args:
+    kind: name in `avjax.evaluators.EVALUATORS`.
+    **options: `split`, `every_epochs` (0 = only at the end), `batch_size`
+      (0 = the training one), `views`, and what the evaluator adds.
+  """
+  section = ConfigDict(
+    {
+      "type": kind,
+      "split": "test",
+      "every_epochs": 0.0,
+      "batch_size": 0,
+      "views": 1,
+      "limit": 0,
+    }
+  )
+  for key, value in options.items():
+    section[key] = value
+  return section
+
+
+def staged(**stages: ConfigDict) -> ConfigDict:
+  """A run of several stages in order, each in `workdir/<stage>/`.
+
+  The stages' `seed`, `mesh`, `dtype` and `data.dir` are references to keys at
+  the top, so `--config.seed=1` reaches all; `--config.<stage>.key` reaches
+  one. A stage after the first starts from the one before it.
+  """
+  names = tuple(stages)
+  first = stages[names[0]]
+  config = ConfigDict(
+    {
+      "stages": names,
+      "seed": first.seed,
+      "dtype": first.dtype,
+      "mesh": first.mesh.to_dict(),
+      "data_dir": "",
+    }
+  )
+  for position, (name, stage) in enumerate(stages.items()):
+    stage.seed = config.get_ref("seed")
+    stage.dtype = config.get_ref("dtype")
+    for axis in ("data", "fsdp", "tensor"):
+      stage.mesh[axis] = config.mesh.get_ref(axis)
+    stage.data.dir = config.get_ref("data_dir")
+    if position and not stage.init_from:
+      stage.init_from = "previous"
+    config[name] = stage
+  return config
+
+
+def plain(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
+  """The config as JSON types; tuples become lists, references their values."""
+  if isinstance(config, ConfigDict):
+    config = config.copy_and_resolve_references().to_dict()
+  return json.loads(json.dumps(config))
+
+
+def from_plain(values: Mapping[str, Any]) -> ConfigDict:
+  """The inverse of `plain`: a locked config, lists back to tuples."""
+
+  def convert(value: Any) -> Any:
+    if isinstance(value, Mapping):
+      return {k: convert(v) for k, v in value.items()}
+    if isinstance(value, list):
+      return tuple(convert(v) for v in value)
+    return value
+
+  return ConfigDict(convert(values)).lock()
+
+
+def differences(
+  old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
+) -> list[str]:
+  """`key: old -> new` for every leaf in which two plain configs differ."""
+  rows = []
+  for key in sorted({*old, *new}):
+    a, b = old.get(key, "absent"), new.get(key, "absent")
+    if isinstance(a, Mapping) and isinstance(b, Mapping):
+      rows += differences(a, b, f"{prefix}{key}.")
+    elif a != b:
+      rows.append(f"{prefix}{key}: {a!r} -> {b!r}")
+  return rows

@@ -1,0 +1,1 @@
+"""Media, audio, augmentation, the pipeline and the built-in dataset."""

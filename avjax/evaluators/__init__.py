@@ -1,0 +1,19 @@
+"""Evaluators by name."""
+
+import importlib
+from typing import Any
+
+from avjax.errors import lookup
+from avjax.evaluators.base import Context, Evaluator
+
+EVALUATORS = {
+  "classification": "avjax.evaluators.classification:Classification",
+  "reconstruction": "avjax.evaluators.reconstruction:Reconstruction",
+}
+
+
+def make(context: Context, section: Any) -> Evaluator:
+  """The evaluator of one entry of `config.evals`."""
+  path = lookup(EVALUATORS, section.type, "evaluator")
+  module, name = path.split(":")
+  return getattr(importlib.import_module(module), name)(context, section)

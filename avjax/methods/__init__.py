@@ -1,0 +1,22 @@
+"""One file per paper; METHODS names them."""
+
+import importlib
+from typing import Any
+
+from avjax.errors import lookup
+from avjax.methods.base import Method
+
+METHODS = {
+  "avmae": "avjax.methods.avmae:AVMAE",
+  "mbt": "avjax.methods.mbt:MBT",
+}
+
+
+def make(config: Any) -> Method:
+  """The method that `config.method` names.
+
+  Raises:
+    InputError: no such method; the nearest is named.
+  """
+  module, name = lookup(METHODS, config.method, "method").split(":")
+  return getattr(importlib.import_module(module), name)(config)

@@ -1,0 +1,1 @@
+"""Converters of public checkpoints, one file per family."""

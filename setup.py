@@ -1,0 +1,61 @@
+"""Installation; `python setup.py` is never called, see README.md."""
+
+from setuptools import find_packages, setup
+
+TEST = [
+  "beartype>=0.19",
+  "kaldi-native-fbank>=1.22",
+  "ipykernel>=6",
+  "nbclient>=0.10",
+  "nbformat>=5",
+  "pytest>=8",
+  "pytest-xdist>=3.6",
+  "ruff>=0.9",
+  "transformers>=4.50",
+  # A plain `torch` would pull several GB of CUDA packages.
+  "torch==2.13.0",
+]
+
+setup(
+  name="avjax",
+  version="0.1.0",
+  description="Audio-visual representation learning in JAX",
+  license="Apache-2.0",
+  python_requires=">=3.11",
+  # `configs` and `data_prep` are packages of the checkout: their names are too
+  # common for site-packages, so the install is an editable one.
+  packages=find_packages(include=["avjax", "avjax.*"]),
+  package_data={"avjax": ["data/*.txt", "data/*.json"]},
+  install_requires=[
+    "jax>=0.10,<0.13",
+    "flax>=0.12,<0.13",
+    "optax>=0.2.5,<0.3",
+    "orbax-checkpoint>=0.11.30,<1",
+    "grain>=0.2.15,<0.3",
+    "array-record>=0.8",
+    "tensorflow-datasets>=4.9.9,<5",
+    "ml-collections>=1,<2",
+    "librosa>=0.11,<2",
+    "clu>=0.0.12,<0.1",
+    "av>=14",
+    "simplejpeg>=1.8",
+    "opencv-python-headless>=4.10",
+    "scikit-learn>=1.5",
+    "tensorboardX>=2.6",
+    "tokenizers>=0.20",
+    "safetensors>=0.4",
+    "einops>=0.8",
+    "jaxtyping>=0.2.36",
+    "matplotlib>=3.9",
+    "rich>=13",
+  ],
+  extras_require={
+    "cuda": ["jax[cuda12]>=0.10,<0.13"],
+    "tpu": ["jax[tpu]>=0.10,<0.13"],
+    "tf": ["tensorflow-cpu>=2.21,<2.22", "tensorboard>=2.20"],
+    "torch": ["torch>=2.6"],
+    "labels": ["transformers>=4.50", "ultralytics>=8.3"],
+    "beam": ["apache-beam>=2.60"],
+    "test": TEST,
+  },
+)
