@@ -1,0 +1,71 @@
+"""Random masking: draw, keep, put back.
+
+The tokens kept are those of the smallest noise, in ascending order of noise:
+they are in random order, which only modality inpainting notices. Noise is
+drawn with one key per example, so masks do not depend on the devices.
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
+
+# One per example, typed or raw.
+Keys = Key[Array, "b"] | UInt32[Array, "b 2"]
+
+
+def example_keys(rng: jax.Array, index: UInt32[Array, "b"]) -> Keys:
+  """One key per example from the step's key and the example's number."""
+  return jax.vmap(jax.random.fold_in, (None, 0))(rng, index)
+
+
+def example_noise(keys: Keys, n: int) -> Float[Array, "b n"]:
+  """Uniform noise of `n` tokens per example."""
+  return jax.vmap(lambda key: jax.random.uniform(key, (n,)))(keys)
+
+
+def num_kept(n: int, ratio: float) -> int:
+  """`n` less the number removed, `int(ratio * n)`."""
+  return n - int(ratio * n)
+
+
+def ids_keep(noise: Float[Array, "b n"], kept: int) -> Int[Array, "b k"]:
+  """The `kept` tokens of smallest noise, in ascending order of noise."""
+  return jax.lax.top_k(-noise, kept)[1]
+
+
+def gather(
+  tokens: Float[Array, "b n d"], ids: Int[Array, "b k"]
+) -> Float[Array, "b k d"]:
+  """tokens[b, ids[b, k]]."""
+  take = jax.vmap(
+    lambda x, i: x.at[i].get(mode="promise_in_bounds", unique_indices=True)
+  )
+  return take(tokens, ids)
+
+
+def unshuffle(
+  tokens: Float[Array, "b k d"],
+  ids: Int[Array, "b k"],
+  mask_token: Float[Array, "d"],
+  n: int,
+) -> Float[Array, "b n d"]:
+  """The kept tokens at their own places, the mask token everywhere else.
+
+  A scatter, because its gradient is a gather; a gather from [tokens, mask
+  tokens] would have a scatter-add for a gradient, tens of times dearer.
+  """
+
+  def one(x, i):
+    base = jnp.broadcast_to(mask_token.astype(x.dtype), (n, x.shape[-1]))
+    return base.at[i].set(x, mode="promise_in_bounds", unique_indices=True)
+
+  return jax.vmap(one)(tokens, ids)
+
+
+def removed(ids: Int[Array, "b k"], n: int) -> Bool[Array, "b n"]:
+  """True where a token was masked out, false where it was kept."""
+
+  def one(i):
+    return jnp.ones(n, bool).at[i].set(False)
+
+  return jax.vmap(one)(ids)

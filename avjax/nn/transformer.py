@@ -1,0 +1,260 @@
+"""The pre-norm transformer of the vision papers, written for speed.
+
+Tokens are [b n d] at the border of a module and [b*n d] through LayerNorm,
+projections and MLP, because matrix products of rank 2 need no copies; heads
+exist inside attention only. The computation is in the dtype of the tokens,
+LayerNorm statistics and softmax in float32. Parameters are per layer:
+
+  block_00/norm1/{scale,bias}       block_00/norm2/{scale,bias}
+  block_00/attention/qkv/{kernel [d 3d], bias [3d]}   order q, k, v
+  block_00/attention/out/{kernel [d d], bias}
+  block_00/mlp/{fc1,fc2}/{kernel,bias}
+  norm/{scale,bias}                 after the last block
+"""
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from avjax.errors import lookup
+from avjax.nn.attention import attention
+from avjax.nn.masking import Keys
+
+# 'tanh' in the Flax families (AV-MAE, MBT), 'erf' in the PyTorch ones.
+GELU: dict[str, Callable] = {
+  "tanh": lambda x: nn.gelu(x, approximate=True),
+  "erf": lambda x: nn.gelu(x, approximate=False),
+}
+
+# What the backward pass finds saved; the rest it computes again.
+REMAT: dict[str, Callable | None] = {
+  "none": None,
+  "full": jax.checkpoint_policies.nothing_saveable,
+  "dots": jax.checkpoint_policies.dots_saveable,
+  "dots_no_batch": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+XAVIER = nn.initializers.xavier_uniform()
+
+
+def qkv_init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32):
+  """Three independent Xavier-uniform [d d] matrices side by side."""
+  d, width = shape
+  parts = [XAVIER(k, (d, width // 3), dtype) for k in jax.random.split(key, 3)]
+  return jnp.concatenate(parts, axis=1)
+
+
+class SelfAttention(nn.Module):
+  """Multi-head attention of every sequence on itself, biases everywhere."""
+
+  heads: int
+  implementation: str = "auto"
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "r d"], b: int) -> Float[Array, "r d"]:
+    """Rows of `b` sequences of equal length, one after the other."""
+    rows, d = x.shape
+    qkv = nn.Dense(3 * d, dtype=x.dtype, kernel_init=qkv_init, name="qkv")(x)
+    shape = (b, rows // b, 3, self.heads, d // self.heads)
+    q, k, v = (qkv.reshape(shape)[:, :, i] for i in range(3))
+    out = attention(q, k, v, implementation=self.implementation)
+    return nn.Dense(d, dtype=x.dtype, kernel_init=XAVIER, name="out")(
+      out.reshape(rows, d)
+    )
+
+
+class MLP(nn.Module):
+  """fc1, GELU, fc2; biases start at N(0, 1e-6)."""
+
+  hidden: int
+  gelu: str = "tanh"
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "r d"]) -> Float[Array, "r d"]:
+    init = {
+      "dtype": x.dtype,
+      "kernel_init": XAVIER,
+      "bias_init": nn.initializers.normal(1e-6),
+    }
+    hidden = nn.Dense(self.hidden, name="fc1", **init)(x)
+    hidden = lookup(GELU, self.gelu, "GELU")(hidden)
+    return nn.Dense(x.shape[-1], name="fc2", **init)(hidden)
+
+
+class Block(nn.Module):
+  """x += attention(norm1(x)); x += mlp(norm2(x)).
+
+  Attributes:
+    heads: of the attention.
+    mlp: width of the MLP's hidden layer.
+    eps: of both LayerNorms: 1e-6 in the Flax families, 1e-5 in PyTorch's.
+    gelu: name in `GELU`.
+    attention: name in `avjax.nn.attention.IMPLEMENTATIONS`, or 'auto'.
+  """
+
+  heads: int
+  mlp: int
+  eps: float = 1e-6
+  gelu: str = "tanh"
+  attention: str = "auto"
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, "b n d"],
+    keep: Float[Array, "2 b"] | None = None,
+  ) -> Float[Array, "b n d"]:
+    """Applies the block.
+
+    Args:
+      x: tokens.
+      keep: factor of each example's attention and MLP branch, of `drop_path`.
+    """
+    b, n, d = x.shape
+
+    def add(x, branch, which):
+      if keep is None:
+        return x + branch
+      factor = jnp.repeat(keep[which], n, total_repeat_length=b * n)
+      return x + branch * factor[:, None].astype(x.dtype)
+
+    x = x.reshape(b * n, d)
+    y = nn.LayerNorm(self.eps, dtype=x.dtype, name="norm1")(x)
+    y = SelfAttention(self.heads, self.attention, name="attention")(y, b)
+    x = add(x, y, 0)
+    y = nn.LayerNorm(self.eps, dtype=x.dtype, name="norm2")(x)
+    y = MLP(self.mlp, self.gelu, name="mlp")(y)
+    return add(x, y, 1).reshape(b, n, d)
+
+
+class Transformer(nn.Module):
+  """A stack of blocks and, by default, a last LayerNorm.
+
+  Attributes:
+    depth: number of blocks; 0 leaves the LayerNorm alone.
+    heads, mlp, eps, gelu, attention: of `Block`.
+    norm: whether a LayerNorm follows the last block.
+    scan: one compiled block for all layers; the parameters of the blocks are
+      stacked then, see `stack_layers`.
+    remat: name in `REMAT`.
+  """
+
+  depth: int
+  heads: int
+  mlp: int
+  eps: float = 1e-6
+  gelu: str = "tanh"
+  attention: str = "auto"
+  norm: bool = True
+  scan: bool = False
+  remat: str = "none"
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, "b n d"],
+    keep: Float[Array, "l 2 b"] | None = None,
+  ) -> Float[Array, "b n d"]:
+    """Applies the stack; `keep` is one row of `Block`'s per layer."""
+    policy = lookup(REMAT, self.remat, "remat policy")
+    block = Block
+    if self.remat != "none":
+      # Common subexpressions cannot be shared across the steps of a scan.
+      block = nn.remat(Block, policy=policy, prevent_cse=not self.scan)
+    options = (self.heads, self.mlp, self.eps, self.gelu, self.attention)
+    if self.scan and self.depth:
+      scan = nn.scan(
+        lambda block, x, keep: (block(x, keep), None),
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        length=self.depth,
+      )
+      x, _ = scan(block(*options, name="blocks"), x, keep)
+    else:
+      for i in range(self.depth):
+        row = None if keep is None else keep[i]
+        x = block(*options, name=f"block_{i:02d}")(x, row)
+    if self.norm:
+      x = nn.LayerNorm(self.eps, dtype=x.dtype, name="norm")(x)
+    return x
+
+
+def drop_path(
+  keys: Keys,
+  depth: int,
+  rate: float,
+  *,
+  rescale: bool,
+) -> Float[Array, "l 2 b"]:
+  """Factors of stochastic depth (arXiv:1603.09382), per example and branch.
+
+  Layer l of a stack drops each branch with probability l/(depth-1) * rate,
+  the attention's and the MLP's independently.
+
+  Args:
+    keys: one per example, so that draws do not depend on the devices.
+    depth: layers of this stack; every stack has its own ramp.
+    rate: of the last layer.
+    rescale: True divides a kept branch by its probability (timm); False
+      leaves it alone (AV-MAE, MBT).
+  """
+  rates = rate * jnp.arange(depth) / max(depth - 1, 1)
+  draws = jax.vmap(lambda key: jax.random.uniform(key, (depth, 2)))(keys)
+  keep = (draws >= rates[:, None]).astype(jnp.float32)
+  if rescale:
+    keep = keep / (1 - rates[:, None])
+  return keep.transpose(1, 2, 0)
+
+
+BLOCK = re.compile(r"block_\d+")
+
+
+def stack_layers(tree: Any) -> Any:
+  """Every group of `block_00`, `block_01`, … becomes one stacked `blocks`.
+
+  Args:
+    tree: parameters, gradients or an optimiser's state: any pytree whose
+      dicts may hold such groups. Already stacked trees come back unchanged.
+
+  Returns:
+    The same tree with `blocks` of leaves [l …]; `unstack_layers` undoes it.
+  """
+
+  def has_blocks(node):
+    return isinstance(node, dict) and any(map(BLOCK.fullmatch, node))
+
+  def convert(node):
+    if not has_blocks(node):
+      return node
+    names = sorted(name for name in node if BLOCK.fullmatch(name))
+    blocks = [node[name] for name in names]
+    rest = {k: stack_layers(v) for k, v in node.items() if k not in names}
+    return {"blocks": jax.tree.map(lambda *x: jnp.stack(x), *blocks), **rest}
+
+  return jax.tree.map(convert, tree, is_leaf=has_blocks)
+
+
+def unstack_layers(tree: Any) -> Any:
+  """The inverse of `stack_layers`: names are per layer again."""
+
+  def has_stack(node):
+    return isinstance(node, dict) and "blocks" in node
+
+  def convert(node):
+    if not has_stack(node):
+      return node
+    stack = node["blocks"]
+    depth = jax.tree.leaves(stack)[0].shape[0]
+    blocks = {
+      f"block_{i:02d}": jax.tree.map(lambda x, i=i: x[i], stack)
+      for i in range(depth)
+    }
+    rest = {k: unstack_layers(v) for k, v in node.items() if k != "blocks"}
+    return {**blocks, **rest}
+
+  return jax.tree.map(convert, tree, is_leaf=has_stack)
