@@ -40,6 +40,11 @@ class Workdir:
     return self.root / "report.md"
 
   @property
+  def classes(self) -> pathlib.Path:
+    """Class names by head, in the order of the logits."""
+    return self.root / "classes.json"
+
+  @property
   def loading_report(self) -> pathlib.Path:
     """What `init_from` loaded, missed, left unused and reshaped."""
     return self.root / "loading.json"

@@ -1,0 +1,58 @@
+"""Matrix-product FLOPs of a function, counted from its jaxpr.
+
+The compiler's own count leaves out how often a loop's body runs; here a scan's
+body counts as often as it runs. A multiply-add is 2. Only products and
+convolutions count, as in the usual definition of MFU.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend import core
+
+
+def count(function: Callable[..., Any], *args: Any) -> int:
+  """FLOPs of the matrix products of `function(*args)` over all devices.
+
+  Args:
+    function: traceable by JAX.
+    *args: arrays or ShapeDtypeStructs; nothing is computed.
+  """
+  return _jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
+
+
+def _jaxpr(jaxpr: core.Jaxpr) -> int:
+  return sum(_equation(eqn) for eqn in jaxpr.eqns)
+
+
+def _equation(eqn: Any) -> int:
+  name = eqn.primitive.name
+  if name == "dot_general":
+    (contract, _), _ = eqn.params["dimension_numbers"]
+    left = eqn.invars[0].aval.shape
+    inner = math.prod(left[axis] for axis in contract)
+    return 2 * inner * math.prod(eqn.outvars[0].aval.shape)
+  if name == "conv_general_dilated":
+    out = math.prod(eqn.outvars[0].aval.shape)
+    kernel = eqn.invars[1].aval.shape
+    features = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
+    return 2 * out * math.prod(kernel) // features
+  times = eqn.params["length"] if name == "scan" else 1
+  if name == "shard_map":
+    times = math.prod(eqn.params["mesh"].shape.values())
+  inner = [_inner(value) for value in eqn.params.values()]
+  # Branches of a switch: the dearest one.
+  return times * (max(inner, default=0) if name == "cond" else sum(inner))
+
+
+def _inner(value: Any) -> int:
+  if isinstance(value, core.ClosedJaxpr):
+    return _jaxpr(value.jaxpr)
+  if isinstance(value, core.Jaxpr):
+    return _jaxpr(value)
+  if isinstance(value, (tuple, list)):
+    counts = [_inner(v) for v in value]
+    return max(counts, default=0)
+  return 0

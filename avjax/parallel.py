@@ -1,0 +1,123 @@
+"""The mesh, and which array lies where on it.
+
+Axes: `data` splits the batch, `fsdp` splits the batch and the parameters,
+`tensor` splits the parameters within a layer. All sharding is jit's: this file
+only says where the arguments and results of the step lie.
+"""
+
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from avjax.errors import InputError
+
+AXES = ("data", "fsdp", "tensor")
+BATCH_SPEC = P(("data", "fsdp"))
+
+# First match of a parameter's path decides; the rest is replicated. Column
+# and row parallel pairs keep one all-reduce per branch (Megatron-LM, §3).
+RULES = (
+  (r"attention/qkv/kernel$", P("fsdp", "tensor")),
+  (r"attention/out/kernel$", P("tensor", "fsdp")),
+  (r"mlp/fc1/kernel$", P("fsdp", "tensor")),
+  (r"mlp/fc2/kernel$", P("tensor", "fsdp")),
+  (r"attention/qkv/bias$|mlp/fc1/bias$", P("tensor")),
+  (r"kernel$", P("fsdp", None)),
+)
+
+
+def make_mesh(section: Any, devices: list[Any] | None = None) -> Mesh:
+  """The mesh of `config.mesh`; one axis may be -1 (what is left).
+
+  Raises:
+    InputError: the axes do not fit the number of devices.
+  """
+  devices = jax.devices() if devices is None else devices
+  shape = [int(section[axis]) for axis in AXES]
+  if min(shape) < -1 or 0 in shape or shape.count(-1) > 1:
+    raise InputError(f"mesh {dict(zip(AXES, shape, strict=True))} is not valid")
+  known = int(np.prod([n for n in shape if n > 0]))
+  if -1 in shape:
+    if len(devices) % known:
+      raise InputError(
+        f"{len(devices)} devices do not divide by the {known} of the mesh's "
+        f"other axes {dict(zip(AXES, shape, strict=True))}"
+      )
+    shape[shape.index(-1)] = len(devices) // known
+  total = int(np.prod(shape))
+  if total > len(devices) or (total < len(devices) and process_count() > 1):
+    raise InputError(
+      f"mesh {dict(zip(AXES, shape, strict=True))} needs {total} devices; "
+      f"there are {len(devices)}"
+    )
+  return jax.make_mesh(
+    shape, AXES, devices=devices[:total], axis_types=(AxisType.Auto,) * 3
+  )
+
+
+def process_count() -> int:
+  """Number of JAX processes of the run."""
+  return jax.process_count()
+
+
+def check_batch(batch_size: int, mesh: Mesh, what: str = "batch size") -> None:
+  """Raises InputError where a batch does not divide the mesh."""
+  ways = mesh.shape["data"] * mesh.shape["fsdp"]
+  if batch_size < 1 or batch_size % ways:
+    raise InputError(
+      f"{what} {batch_size} is not divisible by the {ways} devices of the "
+      f"mesh's data x fsdp axes {dict(mesh.shape)}"
+    )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+  """Examples are split over `data` and `fsdp`."""
+  return NamedSharding(mesh, BATCH_SPEC)
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+  """The same on every device."""
+  return NamedSharding(mesh, P())
+
+
+def path_name(path: tuple[Any, ...]) -> str:
+  """'encoder/block_00/norm1/scale' of a jax tree path."""
+  return "/".join(
+    str(getattr(k, "key", getattr(k, "name", getattr(k, "idx", k))))
+    for k in path
+  )
+
+
+def spec_of(name: str, shape: tuple[int, ...], mesh: Mesh) -> P:
+  """The partition of one array by RULES.
+
+  An axis that does not divide its dimension is left out. Stacked layers (a
+  leading dimension in `…/blocks/…`) are not split along the layers.
+  """
+  rule = next((r for pattern, r in RULES if re.search(pattern, name)), None)
+  if rule is None:
+    return P()
+  lead = len(shape) - len(rule)
+  if lead < 0:
+    return P()
+  axes = [None] * lead + list(rule)
+  return P(
+    *(
+      axis if axis and size % mesh.shape[axis] == 0 else None
+      for axis, size in zip(axes, shape, strict=True)
+    )
+  )
+
+
+def shardings(tree: Any, mesh: Mesh) -> Any:
+  """A NamedSharding for every array of a tree of parameters or moments."""
+
+  def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
+    spec = spec_of(path_name(path), leaf.shape, mesh)
+    return NamedSharding(mesh, spec)
+
+  return jax.tree_util.tree_map_with_path(one, tree)

@@ -1,0 +1,83 @@
+"""Meshes, placement rules and the counting of matrix products."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from avjax import flops, parallel
+from avjax.errors import InputError
+
+
+def mesh(**axes):
+  return parallel.make_mesh(
+    ConfigDict({"data": 1, "fsdp": 1, "tensor": 1, **axes})
+  )
+
+
+def test_minus_one_takes_what_is_left():
+  assert dict(mesh(data=-1, fsdp=2).shape) == {
+    "data": 4,
+    "fsdp": 2,
+    "tensor": 1,
+  }
+
+
+@pytest.mark.parametrize(
+  "axes, words",
+  [
+    ({"data": 16}, "needs 16 devices; there are 8"),
+    ({"data": -1, "fsdp": 3}, "8 devices do not divide by the 3"),
+    ({"data": -1, "fsdp": -1}, "is not valid"),
+    ({"data": 0}, "is not valid"),
+  ],
+)
+def test_impossible_mesh_is_refused(axes, words):
+  with pytest.raises(InputError, match=words):
+    mesh(**axes)
+
+
+def test_batch_that_does_not_divide_names_both_numbers():
+  with pytest.raises(
+    InputError, match="batch size 30 is not divisible by the 8 devices"
+  ):
+    parallel.check_batch(30, mesh(data=4, fsdp=2))
+
+
+@pytest.mark.parametrize(
+  "name, shape, spec",
+  [
+    ("encoder/block_00/attention/qkv/kernel", (8, 24), P("fsdp", "tensor")),
+    (
+      "encoder/blocks/attention/qkv/kernel",
+      (4, 8, 24),
+      P(None, "fsdp", "tensor"),
+    ),
+    ("encoder/block_00/mlp/fc2/kernel", (32, 8), P("tensor", "fsdp")),
+    # 9 does not divide by the two devices of fsdp.
+    ("head/kernel", (9, 5), P(None, None)),
+    ("encoder/norm/scale", (8,), P()),
+  ],
+)
+def test_rules(name, shape, spec):
+  assert parallel.spec_of(name, shape, mesh(fsdp=2, tensor=2)) == spec
+
+
+def test_products_are_counted_with_loops_and_gradients():
+  x, w = jnp.ones((4, 8)), jnp.ones((8, 8))
+
+  def loss(w):
+    step = lambda x, _: (x @ w, None)  # noqa: E731
+    return jax.lax.scan(step, x, length=3)[0].sum()
+
+  forward = 3 * 2 * 4 * 8 * 8
+  assert flops.count(loss, w) == forward
+  assert flops.count(jax.grad(loss), w) == 3 * forward
+
+
+def test_branches_count_as_the_dearest():
+  x = jnp.ones((4, 4))
+  branches = [lambda x: x, lambda x: x @ x @ x]
+  count = flops.count(lambda i, x: jax.lax.switch(i, branches, x), 1, x)
+  assert count == 2 * 2 * 4 * 4 * 4
