@@ -1,0 +1,338 @@
+"""From a batch of bytes to the inputs of a method, on the device.
+
+`prepare` runs inside the jitted step. Everything it draws for an example comes
+from `fold_in(rng, batch["index"])`, so an example's augmentation does not
+depend on its place in the batch or on the number of devices; mixup draws one
+weight per step.
+
+Order in training: flip, colour, grey (on values 0..1), normalise; log-mel,
+normalise, circular time shift, SpecAugment; then mixup of both.
+
+Each augmentation is a pure function of its own draws, one per example.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int, UInt8
+
+from avjax.batch import arrays
+from avjax.data import audio
+from avjax.errors import InputError
+
+# Ranges of AV-MAE's and MBT's colour jitter.
+BRIGHTNESS = 32 / 255  # added, at most
+CONTRAST = (0.6, 1.4)  # factor
+SATURATION = (0.6, 1.4)  # factor
+HUE = 0.2  # of a turn, at most
+
+LUMA = (0.2989, 0.5870, 0.1140)
+
+# What mixup mixes, by modality.
+MIXED = {
+  "audio": ("fbank", "features/audio"),
+  "video": ("frames", "features/video"),
+}
+
+Flag = Bool[Array, "b"]
+PerExample = Float[Array, "b"]
+Frames = Float[Array, "b t h w 3"]
+Fbank = Float[Array, "b t f"]
+
+
+def prepare(
+  batch: Mapping[str, Any], data: Any, rng: Array, train: bool
+) -> dict[str, Any]:
+  """Inputs (`avjax.batch.INPUTS`) from a batch (`avjax.batch.BATCH`).
+
+  Args:
+    batch: device arrays; `frames` [b t h w 3] uint8 and `waveform` [b s] int16
+      without views (evaluators fold them into b before). A precomputed `fbank`
+      is taken as is: it is already normalised.
+    data: `config.data`.
+    rng: key of this step.
+    train: draw augmentations; without it nothing is random.
+
+  Returns:
+    The batch without `waveform`; `frames` float32 normalised, `fbank` float32
+    normalised; with mixup `mix/audio` and `mix/video` [b]. Labels are not
+    mixed: see `avjax.losses.mix_labels`. `has_audio`, `has_video` and all else
+    pass through.
+
+  Raises:
+    InputError: a wrong rank or dtype, training without `index`, or mixup of an
+      odd batch.
+  """
+  batch = {key: jnp.asarray(value) for key, value in arrays(batch).items()}
+  inputs = {key: value for key, value in batch.items() if key != "waveform"}
+  keys = _keys(batch, rng) if train else None
+  if "frames" in batch:
+    _check(batch, "frames", 5, np.uint8)
+    inputs["frames"] = _frames(batch["frames"], data, keys)
+  if "waveform" in batch and "fbank" not in batch:
+    _check(batch, "waveform", 2, np.int16)
+    fbank = audio.fbank(batch["waveform"], data.fbank, data.audio.rate)
+    inputs["fbank"] = audio.normalise(fbank, data.fbank)
+  if not train:
+    return inputs
+  if "fbank" in inputs:
+    inputs["fbank"] = _augment_fbank(inputs["fbank"], data.augment, keys)
+  if data.augment.mixup > 0:
+    inputs = _mixup(inputs, data.augment, rng)
+  return inputs
+
+
+def _check(batch: Mapping[str, Any], key: str, rank: int, dtype: Any) -> None:
+  value = batch[key]
+  if value.ndim != rank or value.dtype != dtype:
+    raise InputError(
+      f"batch[{key!r}] is {value.dtype} {tuple(value.shape)}; expected "
+      f"{np.dtype(dtype)} of {rank} dimensions (fold views into the batch)"
+    )
+
+
+# ---------------------------------------------------------------- draws
+
+
+def _keys(batch: Mapping[str, Any], rng: jax.Array) -> jax.Array:
+  if "index" not in batch:
+    raise InputError("batch['index'] is missing; training draws depend on it")
+  return jax.vmap(jax.random.fold_in, (None, 0))(rng, batch["index"])
+
+
+# Each kind of draw has its own stream, so that switching one augmentation on
+# does not change another's draws.
+_STREAMS = (
+  "flip",
+  "colour",
+  "brightness",
+  "contrast",
+  "saturation",
+  "hue",
+  "grey",
+  "time_shift",
+  "freq_masks",
+  "time_masks",
+  "mixup",
+)
+
+
+def _stream(key: jax.Array, name: str) -> jax.Array:
+  return jax.random.fold_in(key, _STREAMS.index(name))
+
+
+def _uniform(
+  keys: jax.Array, name: str, low: float, high: float, shape: tuple = ()
+) -> jax.Array:
+  """One draw [b, *shape] per example."""
+
+  def draw(key: jax.Array) -> jax.Array:
+    key = _stream(key, name)
+    return jax.random.uniform(key, shape, minval=low, maxval=high)
+
+  return jax.vmap(draw)(keys)
+
+
+def _happens(keys: jax.Array, name: str, probability: float) -> jax.Array:
+  return _uniform(keys, name, 0.0, 1.0) < probability
+
+
+# ---------------------------------------------------------------- frames
+
+
+def _frames(frames: jax.Array, data: Any, keys: jax.Array | None) -> jax.Array:
+  options = data.augment
+  if keys is not None and options.flip > 0:
+    frames = flip(frames, _happens(keys, "flip", options.flip))
+  values = frames.astype(jnp.float32) / 255
+  if keys is not None and options.colour > 0:
+    jittered = colour_jitter(
+      values,
+      brightness=_uniform(keys, "brightness", -BRIGHTNESS, BRIGHTNESS),
+      saturation=_uniform(keys, "saturation", *SATURATION),
+      contrast=_uniform(keys, "contrast", *CONTRAST),
+      hue=_uniform(keys, "hue", -HUE, HUE),
+    )
+    chosen = _happens(keys, "colour", options.colour)
+    values = jnp.where(_per_frame(chosen), jittered, values)
+  if keys is not None and options.grey > 0:
+    values = grey(values, _happens(keys, "grey", options.grey))
+  mean = jnp.asarray(data.video.mean, jnp.float32)
+  std = jnp.asarray(data.video.std, jnp.float32)
+  return (values - mean) / std
+
+
+def _per_frame(values: Array) -> Array:
+  return values[:, None, None, None, None]
+
+
+def flip(
+  frames: UInt8[Array, "b t h w 3"], chosen: Flag
+) -> UInt8[Array, "b t h w 3"]:
+  """Mirrors left and right of the chosen clips, all frames alike."""
+  return jnp.where(_per_frame(chosen), frames[:, :, :, ::-1], frames)
+
+
+def colour_jitter(
+  frames: Frames,
+  *,
+  brightness: PerExample,
+  saturation: PerExample,
+  contrast: PerExample,
+  hue: PerExample,
+) -> Frames:
+  """Brightness, saturation, contrast, hue, in this order, then clip to 0..1.
+
+  Args:
+    frames: values in 0..1; one draw per clip holds for all of its frames.
+    brightness: added to every value.
+    saturation: factor of HSV saturation, which is cut at 1.
+    contrast: factor of the distance to the mean of each frame and channel.
+    hue: turn of HSV hue, in whole turns.
+  """
+  frames = frames + _per_frame(brightness)
+  frames = adjust_saturation(frames, saturation)
+  mean = frames.mean(axis=(2, 3), keepdims=True)
+  frames = mean + (frames - mean) * _per_frame(contrast)
+  return jnp.clip(adjust_hue(frames, hue), 0.0, 1.0)
+
+
+def adjust_saturation(frames: Frames, factor: PerExample) -> Frames:
+  """Scales HSV saturation, cut at 1, with hue and value kept."""
+  value = frames.max(axis=-1, keepdims=True)
+  chroma = value - frames.min(axis=-1, keepdims=True)
+  # Saturation is chroma / value, so the factor is at most value / chroma.
+  most = jnp.maximum(value, 0.0) / jnp.maximum(chroma, 1e-12)
+  factor = jnp.minimum(_per_frame(factor), most)
+  return value - (value - frames) * factor
+
+
+def adjust_hue(frames: Frames, turn: PerExample) -> Frames:
+  """Turns HSV hue with saturation and value kept."""
+  red, green, blue = jnp.split(frames, 3, axis=-1)
+  value = frames.max(axis=-1, keepdims=True)
+  chroma = value - frames.min(axis=-1, keepdims=True)
+  safe = jnp.maximum(chroma, 1e-12)
+  # Hue in sixths of a turn from red.
+  hue = jnp.where(
+    value == red,
+    (green - blue) / safe,
+    jnp.where(
+      value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe
+    ),
+  )
+  hue = hue + 6 * _per_frame(turn)
+  sector = (jnp.asarray([5.0, 3.0, 1.0]) + hue) % 6
+  fall = jnp.clip(jnp.minimum(sector, 4 - sector), 0.0, 1.0)
+  return value - chroma * fall
+
+
+def grey(frames: Frames, chosen: Flag) -> Frames:
+  """Replaces the chosen clips' three channels by their luma."""
+  luma = (frames * jnp.asarray(LUMA, frames.dtype)).sum(axis=-1)
+  return jnp.where(_per_frame(chosen), luma[..., None], frames)
+
+
+# ---------------------------------------------------------------- sound
+
+
+def _augment_fbank(
+  fbank: jax.Array, options: Any, keys: jax.Array
+) -> jax.Array:
+  _, frames, bins = fbank.shape
+  if options.time_shift:
+    draw = _uniform(keys, "time_shift", 0.0, 1.0)
+    shift = jnp.floor(draw * frames).astype(jnp.int32)
+    fbank = time_shift(fbank, shift)
+  if options.freq_masks:
+    draws = _uniform(keys, "freq_masks", 0.0, 1.0, (2, options.freq_masks))
+    removed = spans(draws[:, 0], draws[:, 1], bins, options.freq_size)
+    fbank = jnp.where(removed[:, None, :], 0.0, fbank)
+  if options.time_masks:
+    draws = _uniform(keys, "time_masks", 0.0, 1.0, (2, options.time_masks))
+    removed = spans(draws[:, 0], draws[:, 1], frames, options.time_size)
+    fbank = jnp.where(removed[:, :, None], 0.0, fbank)
+  return fbank
+
+
+def time_shift(fbank: Fbank, shift: Int[Array, "b"]) -> Fbank:
+  """Rolls each spectrogram by `shift` frames towards later times."""
+  frames = fbank.shape[1]
+  source = (jnp.arange(frames) - shift[:, None]) % frames
+  return jnp.take_along_axis(fbank, source[..., None], axis=1)
+
+
+def spans(
+  width_draw: Float[Array, "b m"],
+  start_draw: Float[Array, "b m"],
+  length: int,
+  size: int,
+) -> Bool[Array, "b length"]:
+  """SpecAugment's masks along one axis: true = removed, m spans an example.
+
+  Args:
+    width_draw: U[0, 1); a span is floor(U * size) wide: 0..size-1, the public
+      implementations' rule.
+    start_draw: U[0, 1); the start is uniform over the places where the span
+      fits.
+    length: of the axis.
+    size: spans are narrower than this, and never longer than the axis.
+  """
+  width = jnp.floor(width_draw * min(size, length + 1)).astype(jnp.int32)
+  room = (length - width + 1).astype(jnp.float32)
+  start = jnp.floor(start_draw * room).astype(jnp.int32)
+  place = jnp.arange(length)
+  inside = (place >= start[..., None]) & (place < (start + width)[..., None])
+  return inside.any(axis=1)
+
+
+# ---------------------------------------------------------------- mixup
+
+
+def partner(values: Array) -> Array:
+  """Row i^1 for row i: neighbours change places.
+
+  Local to a device as long as a device holds an even number of examples.
+
+  Raises:
+    InputError: an odd number of rows.
+  """
+  if values.shape[0] % 2:
+    raise InputError(
+      f"mixup pairs neighbours, so a batch of {values.shape[0]} is refused; "
+      "use an even batch_size"
+    )
+  pairs = values.reshape(-1, 2, *values.shape[1:])
+  return pairs[:, ::-1].reshape(values.shape)
+
+
+def mixup(values: Float[Array, "b ..."], weight: PerExample) -> Array:
+  """weight * x + (1 - weight) * x of the partner."""
+  own = weight.reshape(-1, *[1] * (values.ndim - 1)).astype(values.dtype)
+  return own * values + (1 - own) * partner(values)
+
+
+def _mixup(inputs: dict[str, Any], options: Any, rng: jax.Array) -> dict:
+  """Mixes what each modality has; the weight is 1 where either clip lacks it.
+
+  One Beta(alpha, alpha) draw per step, or one per modality and step.
+  """
+  alpha = options.mixup
+  draws = jax.random.beta(_stream(rng, "mixup"), alpha, alpha, (len(MIXED),))
+  inputs = dict(inputs)
+  for position, (modality, names) in enumerate(MIXED.items()):
+    present = [name for name in names if name in inputs]
+    if not present:
+      continue
+    draw = draws[position if options.mixup_per_modality else 0]
+    weight = jnp.full(inputs[present[0]].shape[:1], draw)
+    has = inputs.get(f"has_{modality}")
+    if has is not None:
+      weight = jnp.where(has & partner(has), weight, 1.0)
+    for name in present:
+      inputs[name] = mixup(inputs[name], weight)
+    inputs[f"mix/{modality}"] = weight
+  return inputs
