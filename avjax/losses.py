@@ -1,0 +1,146 @@
+"""Losses as pure functions, in float32 whatever they are given.
+
+Classification losses return one value per example; `weighted_mean` makes the
+scalar, so that padded or missing examples can be left out exactly.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Num, Shaped
+
+from avjax.data.augment import mixup
+
+
+def weighted_mean(
+  values: Float[Array, "*b"], weights: Shaped[Array, "*b"] | None = None
+) -> Float[Array, ""]:
+  """Sum of weight * value / sum of weights; 0 where all weights are 0.
+
+  Args:
+    values: one per example.
+    weights: `valid`, `has_audio` or any weights; None = all one.
+  """
+  values = values.astype(jnp.float32)
+  if weights is None:
+    return values.mean()
+  weights = weights.astype(jnp.float32)
+  # A value without weight may be anything, even not finite.
+  total = jnp.where(weights > 0, weights * values, 0.0).sum()
+  count = weights.sum()
+  return total / jnp.where(count > 0, count, 1.0)
+
+
+# ---------------------------------------------------------------- labels
+
+
+def smooth_labels(
+  labels: Num[Array, "*b k"], smoothing: float
+) -> Float[Array, "*b k"]:
+  """y (1 - e) + e / k, also of multi-hot labels; after mixing, as in MBT."""
+  labels = labels.astype(jnp.float32)
+  return labels * (1 - smoothing) + smoothing / labels.shape[-1]
+
+
+def mix_labels(
+  labels: Float[Array, "b *k"], weight: Float[Array, "b"]
+) -> Float[Array, "b *k"]:
+  """Labels of a batch that `prepare` mixed.
+
+  Args:
+    labels: the unmixed labels of the batch.
+    weight: `mix/audio` or `mix/video`: each modality has its own labels when
+      the weights differ.
+  """
+  return mixup(labels, weight)
+
+
+# ---------------------------------------------------------------- classes
+
+
+def softmax_cross_entropy(
+  logits: Float[Array, "*b k"],
+  labels: Num[Array, "*b k"],
+  smoothing: float = 0.0,
+) -> Float[Array, "*b"]:
+  """-sum of smoothed label * log softmax."""
+  logs = jax.nn.log_softmax(logits.astype(jnp.float32))
+  return -(smooth_labels(labels, smoothing) * logs).sum(axis=-1)
+
+
+def sigmoid_cross_entropy(
+  logits: Float[Array, "*b k"],
+  labels: Num[Array, "*b k"],
+  smoothing: float = 0.0,
+  *,
+  mean: bool = False,
+) -> Float[Array, "*b"]:
+  """Binary cross-entropy summed over classes (AV-MAE, MBT).
+
+  Args:
+    logits: before the sigmoid.
+    labels: multi-hot.
+    smoothing: of both values, as `smooth_labels` has it.
+    mean: average over the classes instead (CAV-MAE's family).
+  """
+  logits = logits.astype(jnp.float32)
+  labels = smooth_labels(labels, smoothing)
+  positive = labels * jax.nn.log_sigmoid(logits)
+  negative = (1 - labels) * jax.nn.log_sigmoid(-logits)
+  terms = -(positive + negative)
+  return terms.mean(axis=-1) if mean else terms.sum(axis=-1)
+
+
+def multi_head(
+  logits: Mapping[str, Float[Array, "b *_"]],
+  labels: Mapping[str, Num[Array, "b *_"]],
+  smoothing: float = 0.0,
+  *,
+  multilabel: bool = False,
+) -> Float[Array, "b"]:
+  """Mean over the heads of each head's cross-entropy.
+
+  Args:
+    logits: by head; [b k], or [b t k] for a head per segment, which is
+      averaged over the segments.
+    labels: by head, same shapes; heads without logits are left out.
+    smoothing: within each head.
+    multilabel: sigmoid (summed over classes) instead of softmax.
+  """
+  loss = sigmoid_cross_entropy if multilabel else softmax_cross_entropy
+  heads = []
+  for name, values in logits.items():
+    terms = loss(values, labels[name], smoothing)
+    heads.append(terms.reshape(terms.shape[0], -1).mean(axis=-1))
+  return jnp.stack(heads).mean(axis=0)
+
+
+# ---------------------------------------------------------------- pixels
+
+
+def masked_mse(
+  prediction: Float[Array, "b n d"],
+  target: Float[Array, "b n d"],
+  mask: Bool[Array, "b n"],
+  weights: Shaped[Array, "b"] | None = None,
+) -> Float[Array, ""]:
+  """AV-MAE's reconstruction loss of one modality (paper, equation 1).
+
+  Squared error summed over the removed tokens of the batch, over their number
+  (+1e-8), over the feature size: every removed token of the batch counts the
+  same.
+
+  Args:
+    prediction: one row per token.
+    target: raw or standardised patches.
+    mask: true = removed, counted. All true counts the kept tokens as well.
+    weights: per example, `valid` or `has_audio`/`has_video`.
+  """
+  counted = mask.astype(jnp.float32)
+  if weights is not None:
+    counted = counted * weights.astype(jnp.float32)[:, None]
+  error = prediction.astype(jnp.float32) - target.astype(jnp.float32)
+  error = jnp.where(counted > 0, (error**2).sum(axis=-1), 0.0)
+  total = (error * counted).sum()
+  return total / (counted.sum() + 1e-8) / prediction.shape[-1]
