@@ -18,6 +18,11 @@ def example_keys(rng: jax.Array, index: UInt32[Array, "b"]) -> Keys:
   return jax.vmap(jax.random.fold_in, (None, 0))(rng, index)
 
 
+def fold_in(keys: Keys, number: int) -> Keys:
+  """Independent keys for one of several purposes."""
+  return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
+
+
 def example_noise(keys: Keys, n: int) -> Float[Array, "b n"]:
   """Uniform noise of `n` tokens per example."""
   return jax.vmap(lambda key: jax.random.uniform(key, (n,)))(keys)

@@ -8,7 +8,7 @@ patches before they are embedded.
 from collections.abc import Sequence
 
 from einops import rearrange
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Shaped
 
 from avjax.errors import InputError
 
@@ -80,8 +80,8 @@ def patchify_audio(
 
 
 def unpatchify_video(
-  x: Float[Array, "b n p"], grid: Sequence[int], patch: Sequence[int]
-) -> Float[Array, "b t h w 3"]:
+  x: Shaped[Array, "b n p"], grid: Sequence[int], patch: Sequence[int]
+) -> Shaped[Array, "b t h w 3"]:
   """The inverse of `patchify_video` for frames of `grid` tubelets."""
   gt, gh, gw = grid
   pt, ph, pw = patch
@@ -98,8 +98,8 @@ def unpatchify_video(
 
 
 def unpatchify_audio(
-  x: Float[Array, "b n p"], grid: Sequence[int], patch: Sequence[int]
-) -> Float[Array, "b t f"]:
+  x: Shaped[Array, "b n p"], grid: Sequence[int], patch: Sequence[int]
+) -> Shaped[Array, "b t f"]:
   """The inverse of `patchify_audio` for a spectrogram of `grid` patches."""
   (gt, gf), (pt, pf) = grid, patch
   return rearrange(
@@ -110,3 +110,16 @@ def unpatchify_audio(
     pt=pt,
     pf=pf,
   )
+
+
+def paste(
+  x: Shaped[Array, "b n p"],
+  canvas: Shaped[Array, "b *size"],
+  patch: Sequence[int],
+) -> Shaped[Array, "b *size"]:
+  """Patches laid over frames or a spectrogram; what they left out stays."""
+  if len(patch) == 3:
+    image = unpatchify_video(x, video_grid(canvas.shape, patch), patch)
+  else:
+    image = unpatchify_audio(x, audio_grid(canvas.shape, patch), patch)
+  return canvas.at[tuple(slice(size) for size in image.shape)].set(image)
