@@ -74,6 +74,26 @@ def choose(table: Mapping[str, Any], name: str, key: str) -> Any:
   return table[name]
 
 
+def parse_variants(
+  arg: str | None,
+  variants: Mapping[str, Mapping[str, Any]],
+  demo: Mapping[str, Any],
+) -> ConfigDict:
+  """`parse_arg` where defaults depend on `variant` and `demo`.
+
+  Args:
+    arg: the text after the colon.
+    variants: value of `variant` -> all defaults; each has the same keys.
+    demo: defaults that hold instead where `demo` is given.
+
+  Raises:
+    InputError: as `parse_arg`; an unknown variant.
+  """
+  first = parse_arg(arg, **next(iter(variants.values())))
+  defaults = choose(variants, first.variant, "variant")
+  return parse_arg(arg, **{**defaults, **(demo if first.demo else {})})
+
+
 def base_config() -> ConfigDict:
   """The keys that every config has, with neutral values.
 
