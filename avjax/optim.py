@@ -425,10 +425,7 @@ def accumulate(
   start = jax.tree.map(_zeros, jax.eval_shape(evaluate, first))
   (total, sums, flags), _ = jax.lax.scan(body, start, parts)
   loss, metrics, grads = jax.tree.map(lambda s: s / total, sums)
-  aux: dict[str, Any] = {"metrics": metrics}
-  if flags:
-    aux["trainable"] = flags
-  return (loss, aux), grads
+  return (loss, {"metrics": metrics, "trainable": flags}), grads
 
 
 def _zeros(like):
