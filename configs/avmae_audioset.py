@@ -40,11 +40,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
   """Both stages."""
   args = config_lib.parse_variants(arg, VARIANTS, {"epochs": 20})
   pretrain = pretraining(args)
-  finetune = avmae_audioset_finetune.get_config(avmae_vgg.next_stage(args))
-  if args.demo:
-    pretrain = avmae_vgg.shrink(pretrain)
-    pretrain.data.multilabel = True
-  return config_lib.staged(pretrain=pretrain, finetune=finetune)
+  return config_lib.staged(
+    pretrain=avmae_vgg.shrink(pretrain) if args.demo else pretrain,
+    finetune=avmae_audioset_finetune.get_config(avmae_vgg.next_stage(args)),
+  )
 
 
 def pretraining(args: ConfigDict) -> ConfigDict:

@@ -29,12 +29,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.data.update(name="ave", heads=("segment",))
   if args.demo:
     config = avmae_vgg_finetune.shrink(config)
-    config.data.video.update(num_frames=6)
-    config.data.audio.seconds = 3.0
-  else:
-    config.data.video.num_frames = 20
-    config.data.audio.seconds = 10.0
-  config.data.video.update(rate=2.0, stride=1)
+  seconds = 3 if args.demo else 10
+  config.data.video.update(num_frames=2 * seconds, rate=2.0, stride=1)
+  config.data.audio.seconds = float(seconds)
   config.data.audio.start = "aligned"
   config.evals.test.views = 1
+  config.checkpoint.best = "test/segment_accuracy"
   return config
