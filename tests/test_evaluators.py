@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from avjax import evaluators
+from avjax import evaluators, plots
 from avjax.config import base_config, eval_section
 from avjax.data import augment
 from avjax.errors import InputError
@@ -216,3 +216,107 @@ def test_a_batch_spread_over_devices_gives_the_same():
 def test_an_empty_split_is_refused():
   with pytest.raises(InputError, match="no labelled example"):
     evaluate(config(), [])
+
+
+# ---------------------------------------------------------------- pictures
+
+
+class Copier(Method):
+  """Removes the left half or the first half, and returns the input + 0.5."""
+
+  def reconstruct(self, params, inputs, rng):
+    made = {}
+    for m, name in (("video", "frames"), ("audio", "fbank")):
+      x = inputs[name]
+      axis = 3 if m == "video" else 1
+      shape = [1] * x.ndim
+      shape[axis] = x.shape[axis]
+      left = jnp.arange(x.shape[axis]) < x.shape[axis] // 2
+      mask = jnp.broadcast_to(left.reshape(shape), x.shape)
+      made[f"{m}/input"] = x
+      made[f"joint/{m}/output"] = x + jnp.where(mask, 0.5, 9.0)
+      made[f"joint/{m}/mask"] = mask
+      made[f"inpaint/{m}/output"] = x + 1.0
+      made[f"inpaint/{m}/mask"] = jnp.ones_like(mask)
+    return made
+
+
+def clips(valid, lacks_video=None):
+  rng = np.random.default_rng(0)
+  count = len(valid)
+  ramp = np.linspace(40, 220, 16).astype(np.uint8)
+  frames = np.broadcast_to(ramp[:, None, None], (count, 4, 16, 16, 3)).copy()
+  frames[..., 1] = rng.integers(0, 256, (count, 4, 1, 1))
+  return {
+    "frames": frames,
+    "waveform": rng.integers(-9000, 9000, (count, 8000)).astype(np.int16),
+    "index": np.arange(count, dtype=np.uint32),
+    "valid": np.asarray(valid),
+    "has_video": np.arange(count) != lacks_video,
+  }
+
+
+def test_reconstruction_errors_and_pictures(tmp_path):
+  made, pictures = config(), []
+  batches = [clips([True, True]), clips([True, False], lacks_video=0)]
+  section = eval_section("reconstruction", pictures=3)
+  evaluator = evaluators.make(
+    context(made, batches, Copier(made), tmp_path, pictures), section
+  )
+  found = evaluator.run(PARAMS, 7)
+  assert found == pytest.approx(
+    {
+      "mse/video": 0.25,
+      "mse/audio": 0.25,
+      "mse/video_inpaint": 1.0,
+      "mse/audio_inpaint": 1.0,
+    },
+    rel=1e-4,
+  )
+  names = [name for name, _, _ in pictures]
+  assert names == ["test_clip_00", "test_clip_01", "test_clip_02"]
+  for _, image, step in pictures:
+    assert step == 7
+    assert image.dtype == np.uint8
+    assert image.ndim == 3 and image.shape[2] == 3
+  assert evaluator._step._cache_size() == 1
+
+
+def test_reconstruction_needs_the_method_to_offer_it():
+  section = eval_section("reconstruction")
+  with pytest.raises(InputError, match="Reader has no reconstruct"):
+    evaluators.make(context(config(), []), section)
+
+
+def test_reconstruction_of_an_empty_split_is_refused():
+  made = config()
+  section = eval_section("reconstruction")
+  evaluator = evaluators.make(context(made, [], Copier(made)), section)
+  with pytest.raises(InputError, match="no valid example"):
+    evaluator.run(PARAMS, 0)
+
+
+def test_stack_fills_up_with_white():
+  stacked = plots.stack(
+    [np.zeros((1, 2, 3), np.uint8), np.zeros((2, 1, 3), np.uint8)]
+  )
+  assert stacked[:, :, 0].tolist() == [[0, 0], [0, 255], [0, 255]]
+
+
+def test_curves_and_bars_are_pictures(tmp_path):
+  curve = plots.line_plot(
+    {"a": ([1, 2, 4], [0.5, 0.4, 0.3]), "b": ([1, 2], [0.6, 0.5])},
+    spread={"a": [0.1, 0.1, 0.1]},
+    log_x=True,
+    line=0.2,
+  )
+  bars = plots.bar_plot(
+    ["early", "mid"],
+    {"top1": [(0.5, 0.1), (float("nan"), 0.0)], "top5": [(1, 0), (1, 0)]},
+    line=0.1,
+  )
+  for image in (curve, bars):
+    assert image.dtype == np.uint8
+    assert 0 < (image < 250).mean() < 0.7  # drawn upon, not full
+  plots.save(tmp_path / "bars.png", bars)
+  assert (tmp_path / "bars.png").read_bytes().startswith(b"\x89PNG")

@@ -1,0 +1,292 @@
+"""Pictures as uint8 arrays, drawn with matplotlib and no global state.
+
+Every function makes its own `Figure`, so it may run in any thread and without
+a display.
+"""
+
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import matplotlib
+import matplotlib.image
+import numpy as np
+from jaxtyping import Float, UInt8
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+Picture = UInt8[np.ndarray, "_ _ 3"]
+Number = float | int
+Numbers = Any  # a sequence or array of numbers
+
+DPI = 100
+# Okabe and Ito's colours: told apart by colour-blind readers too.
+COLOURS = (
+  "#0072B2",
+  "#E69F00",
+  "#009E73",
+  "#CC79A7",
+  "#56B4E9",
+  "#D55E00",
+  "#000000",
+)
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+REMOVED = 160  # grey level of what is masked
+
+
+def to_array(figure: Figure) -> Picture:
+  """Renders a figure."""
+  canvas = FigureCanvasAgg(figure)
+  canvas.draw()
+  return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def save(path: str | pathlib.Path, picture: Picture) -> None:
+  """Writes a PNG file."""
+  matplotlib.image.imsave(str(path), picture, format="png")
+
+
+def stack(pictures: Sequence[Picture]) -> Picture:
+  """Pictures below each other, the narrower ones filled up with white."""
+  width = max(picture.shape[1] for picture in pictures)
+  filled = [
+    np.pad(
+      picture,
+      ((0, 0), (0, width - picture.shape[1]), (0, 0)),
+      constant_values=255,
+    )
+    for picture in pictures
+  ]
+  return np.concatenate(filled)
+
+
+# ---------------------------------------------------------------- grids
+
+
+def image_grid(
+  rows: Mapping[str, Sequence[Picture]],
+  *,
+  columns: Sequence[str] = (),
+  title: str = "",
+  width: Number = 10.0,
+) -> Picture:
+  """Images in rows with a label each.
+
+  Args:
+    rows: label -> images of one size; rows may differ in length.
+    columns: headings.
+    title: above all.
+    width: of the picture in inches; the height follows.
+  """
+  across = max(len(images) for images in rows.values())
+  height, breadth = next(iter(rows.values()))[0].shape[:2]
+  margin = 1.6  # inches, for the labels
+  cell = min(1.4, (width - margin) / across)
+  head = 0.3 * bool(title) + 0.25 * bool(columns) + 0.05
+  size = (width, cell * height / breadth * len(rows) + head)
+  figure = Figure(size, dpi=DPI)
+  axes = figure.subplots(len(rows), across, squeeze=False)
+  figure.subplots_adjust(
+    left=margin / width,
+    right=(margin + cell * across) / width,
+    bottom=0.01,
+    top=1 - head / figure.get_figheight(),
+    wspace=0.03,
+    hspace=0.03,
+  )
+  for axis in axes.flat:
+    axis.set_axis_off()
+  for line, (label, images) in zip(axes, rows.items(), strict=True):
+    for axis, image in zip(line, images, strict=False):
+      axis.imshow(image, interpolation="nearest", aspect="auto")
+    _row_label(line[0], label)
+  for axis, heading in zip(axes[0], columns, strict=False):
+    axis.set_title(heading, fontsize=8, pad=3)
+  _title(figure, title)
+  return to_array(figure)
+
+
+def spectrograms(
+  rows: Mapping[str, Float[np.ndarray, "_ _"]],
+  *,
+  seconds: Number,
+  title: str = "",
+  width: Number = 10.0,
+) -> Picture:
+  """Log-mel spectrograms below each other, on the first one's colour scale.
+
+  Args:
+    rows: label -> [t f]; not-a-number cells are drawn grey (removed).
+    seconds: length of the time axis.
+    title: above all.
+    width: of the picture in inches.
+  """
+  first = next(iter(rows.values()))
+  low, high = np.nanpercentile(first, (1, 99.5))
+  colours = matplotlib.colormaps["magma"].with_extremes(
+    bad=(REMOVED / 255,) * 3
+  )
+  margin, foot = 1.6, 0.5
+  head = 0.3 * bool(title) + 0.05
+  figure = Figure((width, 1.25 * len(rows) + head + foot), dpi=DPI)
+  axes = figure.subplots(len(rows), 1, squeeze=False, sharex=True)[:, 0]
+  inches = figure.get_figheight()
+  figure.subplots_adjust(
+    left=margin / width,
+    right=0.98,
+    bottom=foot / inches,
+    top=1 - head / inches,
+    hspace=0.06,
+  )
+  for axis, (label, values) in zip(axes, rows.items(), strict=True):
+    axis.imshow(
+      values.T,  # mel upwards, time to the right
+      origin="lower",
+      aspect="auto",
+      interpolation="nearest",
+      extent=(0, seconds, 0, values.shape[1]),
+      vmin=low,
+      vmax=max(high, low + 1e-6),
+      cmap=colours,
+    )
+    axis.set_yticks([])
+    _row_label(axis, label)
+  axes[-1].set_xlabel("seconds", fontsize=8)
+  axes[-1].tick_params(labelsize=8)
+  _title(figure, title)
+  return to_array(figure)
+
+
+def _row_label(axis: Any, label: str) -> None:
+  axis.text(
+    0,
+    0.5,
+    f"{label}  ",
+    transform=axis.transAxes,
+    ha="right",
+    va="center",
+    fontsize=8,
+  )
+
+
+def _title(figure: Figure, title: str) -> None:
+  if title:
+    height = figure.get_figheight()
+    figure.text(0.01, 1 - 0.08 / height, title, va="top", fontsize=9)
+
+
+# ---------------------------------------------------------------- curves
+
+
+def line_plot(
+  series: Mapping[str, tuple[Numbers, Numbers]],
+  *,
+  title: str = "",
+  x_label: str = "",
+  y_label: str = "",
+  spread: Mapping[str, Numbers] | None = None,
+  log_x: bool = False,
+  log_y: bool = False,
+  line: Number | None = None,
+) -> Picture:
+  """Curves with a legend.
+
+  Args:
+    series: label -> (x, y).
+    title: above the axes.
+    x_label: of the horizontal axis, with its unit.
+    y_label: of the vertical axis, with its unit.
+    spread: label -> half height of a band around that curve.
+    log_x: logarithmic horizontal axis.
+    log_y: logarithmic vertical axis.
+    line: height of a dashed line, which the legend calls chance.
+  """
+  figure, axis = _axes(6.4, 4.0, title, x_label, y_label)
+  for number, (label, (x, y)) in enumerate(series.items()):
+    colour = COLOURS[number % len(COLOURS)]
+    marker = MARKERS[number % len(MARKERS)] if len(x) <= 30 else None
+    axis.plot(
+      x, y, color=colour, marker=marker, markersize=4, lw=1.5, label=label
+    )
+    if spread is not None and label in spread:
+      half = np.asarray(spread[label], float)
+      middle = np.asarray(y, float)
+      axis.fill_between(
+        x, middle - half, middle + half, color=colour, alpha=0.2, lw=0
+      )
+  if log_x:
+    axis.set_xscale("log")
+  if log_y:
+    axis.set_yscale("log")
+  _reference(axis, line)
+  if len(series) > 1 or line is not None:
+    axis.legend(fontsize=8, frameon=False)
+  return to_array(figure)
+
+
+def bar_plot(
+  labels: Sequence[str],
+  series: Mapping[str, Sequence[tuple[Number, Number]]],
+  *,
+  title: str = "",
+  y_label: str = "",
+  line: Number | None = None,
+) -> Picture:
+  """Groups of bars, one group per label and one bar per series.
+
+  Args:
+    labels: of the groups.
+    series: label -> (height, half length of its error bar) per group; a height
+      that is not a number leaves a gap.
+    title: above the axes.
+    y_label: of the vertical axis, with its unit.
+    line: height of a dashed line, which the legend calls chance.
+  """
+  width = max(6.4, 1.5 + 0.35 * len(labels) * (len(series) + 1))
+  figure, axis = _axes(width, 4.4, title, "", y_label)
+  places = np.arange(len(labels), dtype=float)
+  breadth = 0.8 / max(1, len(series))
+  for number, (label, values) in enumerate(series.items()):
+    heights, errors = np.asarray(values, float).reshape(-1, 2).T
+    axis.bar(
+      places + (number - (len(series) - 1) / 2) * breadth,
+      np.nan_to_num(heights),
+      breadth * 0.92,
+      yerr=np.where(errors > 0, errors, np.nan),
+      color=COLOURS[number % len(COLOURS)],
+      error_kw={"lw": 1, "capsize": 2},
+      label=label,
+    )
+  longest = max((len(label) for label in labels), default=0)
+  slanted = longest * 0.08 * len(labels) > width - 1.5
+  axis.set_xticks(places, labels, rotation=30 if slanted else 0)
+  if slanted:
+    for text in axis.get_xticklabels():
+      text.set_ha("right")
+  _reference(axis, line)
+  if len(series) > 1 or line is not None:
+    # Bars leave no room that is surely free.
+    figure.legend(
+      fontsize=8, frameon=False, loc="outside lower center", ncols=6
+    )
+  return to_array(figure)
+
+
+def _axes(
+  width: Number, height: float, title: str, x_label: str, y_label: str
+) -> tuple[Figure, Any]:
+  figure = Figure((width, height), dpi=DPI, layout="constrained")
+  axis = figure.subplots()
+  axis.set_title(title, fontsize=10)
+  axis.set_xlabel(x_label, fontsize=9)
+  axis.set_ylabel(y_label, fontsize=9)
+  axis.tick_params(labelsize=8)
+  axis.spines[["top", "right"]].set_visible(False)
+  axis.grid(axis="y", alpha=0.3, lw=0.6)
+  axis.set_axisbelow(True)
+  return figure, axis
+
+
+def _reference(axis: Any, line: Number | None) -> None:
+  if line is not None:
+    axis.axhline(line, color="0.4", ls="--", lw=1, label="chance")
