@@ -39,7 +39,7 @@ def write_file(
       stream = out.add_stream("libx264", rate=25)
       stream.height, stream.width = size
       stream.pix_fmt = "yuv420p"
-      stream.options = {"preset": "ultrafast", "crf": "10"}
+      stream.options = {"preset": "ultrafast", "crf": "2"}
       stream.codec_context.gop_size = gop
       stream.codec_context.time_base = fractions.Fraction(1, 1_000)
       if rotation:
