@@ -374,6 +374,7 @@ class _Samples:
       return mono[round(-offset) :]
     if offset > (_TOLERANCE * self.rate if self._count else 0.5):
       self._part.check("seconds", time)
+      self.failures += self._count > 0  # a gap
       self._chunks.append(np.zeros(round(offset), np.float32))
       self._count += round(offset)
     return mono
