@@ -1,6 +1,7 @@
 """Literal checks of each augmentation and of `prepare` as a whole."""
 
 import colorsys
+import functools
 import pathlib
 
 import jax
@@ -49,9 +50,20 @@ EVERYTHING = {
 }
 
 
+@functools.cache
+def compiled(options):
+  section = data(**dict(options))
+  return jax.jit(lambda b, k: augment.prepare(b, section, k, True))
+
+
 def run(values, section, train=True):
   step = jax.jit(lambda b, k: augment.prepare(b, section, k, train))
   return step(values, KEY)
+
+
+def train(values, key=KEY, **options):
+  """Training inputs; one compilation per set of options and batch size."""
+  return compiled(tuple(sorted(options.items())))(values, key)
 
 
 # ---------------------------------------------------------------- prepare
@@ -92,11 +104,10 @@ def test_precomputed_fbank_is_taken_as_is():
 
 
 def test_training_does_not_depend_on_place_in_the_batch():
-  section = data(**EVERYTHING)
   values = batch()
   order = np.array([3, 0, 7, 5, 1, 2, 6, 4])
-  inputs = run(values, section)
-  moved = run({k: v[order] for k, v in values.items()}, section)
+  inputs = train(values, **EVERYTHING)
+  moved = train({k: v[order] for k, v in values.items()}, **EVERYTHING)
   for name in ("frames", "fbank"):
     np.testing.assert_allclose(
       moved[name], np.asarray(inputs[name])[order], atol=1e-5
@@ -104,11 +115,11 @@ def test_training_does_not_depend_on_place_in_the_batch():
 
 
 def test_training_does_not_depend_on_the_number_of_devices():
-  section = data(mixup=0.5, mixup_per_modality=True, **EVERYTHING)
+  options = {"mixup": 0.5, "mixup_per_modality": True, **EVERYTHING}
   values = batch(16)
   mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
   sharded = jax.device_put(values, NamedSharding(mesh, PartitionSpec("data")))
-  inputs, spread = run(values, section), run(sharded, section)
+  inputs, spread = train(values, **options), train(sharded, **options)
   contract.check(inputs, contract.INPUTS)
   assert len(spread["frames"].sharding.device_set) == 8
   for name in ("frames", "fbank", "mix/audio", "mix/video"):
@@ -116,20 +127,19 @@ def test_training_does_not_depend_on_the_number_of_devices():
 
 
 def test_examples_get_different_draws_and_steps_too():
-  section = data(flip=0.5)
   values = batch(32)
   values["frames"][:] = np.arange(4, dtype=np.uint8)[:, None]
-  first = np.asarray(run(values, section)["frames"])[:, 0, 0, 0, 0]
+  first = np.asarray(train(values, flip=0.5)["frames"])[:, 0, 0, 0, 0]
   assert 6 < (first > -1).sum() < 26
-  other = augment.prepare(values, section, jax.random.key(8), True)
-  assert (np.asarray(other["frames"])[:, 0, 0, 0, 0] != first).any()
+  other = train(values, jax.random.key(8), flip=0.5)["frames"]
+  assert (np.asarray(other)[:, 0, 0, 0, 0] != first).any()
 
 
 def test_one_augmentation_does_not_change_the_draws_of_another():
   values = batch(8)
   values["frames"][:] = np.arange(4, dtype=np.uint8)[:, None] * 40
-  plain = np.asarray(run(values, data(flip=0.5))["frames"])
-  with_grey = np.asarray(run(values, data(flip=0.5, grey=1.0))["frames"])
+  plain = np.asarray(train(values, flip=0.5)["frames"])
+  with_grey = np.asarray(train(values, flip=0.5, grey=1.0)["frames"])
   np.testing.assert_allclose(plain, with_grey, atol=1e-3)
 
 
@@ -223,9 +233,9 @@ def test_jitter_brightness_contrast_and_clip():
 def test_jitter_is_the_same_for_all_frames_of_a_clip():
   values = batch(4)
   values["frames"][:, 1] = values["frames"][:, 0]
-  frames = np.asarray(run(values, data(colour=1.0))["frames"])
+  frames = np.asarray(train(values, colour=1.0)["frames"])
   np.testing.assert_allclose(frames[:, 0], frames[:, 1], atol=1e-6)
-  plain = np.asarray(run(values, data())["frames"])
+  plain = np.asarray(train(values)["frames"])
   assert (np.abs(frames - plain).max(axis=(1, 2, 3, 4)) > 0.05).all()
 
 
@@ -280,7 +290,7 @@ def test_partner_is_the_neighbour():
 
 def test_odd_batches_are_refused():
   with pytest.raises(InputError, match="batch of 3"):
-    augment.prepare(batch(3), data(mixup=0.5), KEY, True)
+    train(batch(3), mixup=0.5)
 
 
 def golden_inputs():
@@ -306,13 +316,13 @@ def test_golden_mixup(per_modality):
 
 
 def test_one_weight_or_one_per_modality():
-  shared = run(batch(4), data(mixup=0.5))
+  shared = train(batch(4), mixup=0.5)
   assert len(set(np.asarray(shared["mix/audio"]))) == 1
   np.testing.assert_array_equal(shared["mix/audio"], shared["mix/video"])
-  apart = run(batch(4), data(mixup=0.5, mixup_per_modality=True))
+  apart = train(batch(4), mixup=0.5, mixup_per_modality=True)
   assert apart["mix/audio"][0] != apart["mix/video"][0]
   weight = float(apart["mix/video"][0])
-  plain = run(batch(4), data())["frames"]
+  plain = train(batch(4))["frames"]
   np.testing.assert_allclose(
     apart["frames"][0],
     weight * plain[0] + (1 - weight) * plain[1],
@@ -323,10 +333,10 @@ def test_one_weight_or_one_per_modality():
 def test_a_clip_whose_partner_lacks_sound_keeps_its_own():
   values = batch(4)
   values["has_audio"] = np.array([True, False, True, True])
-  inputs = run(values, data(mixup=0.5))
+  inputs = train(values, mixup=0.5)
   assert inputs["mix/audio"][:2].tolist() == [1, 1]
   assert inputs["mix/audio"][2] < 1
   assert inputs["mix/video"][0] < 1
   np.testing.assert_array_equal(inputs["has_audio"], values["has_audio"])
-  plain = run(values, data())["fbank"]
+  plain = train(values)["fbank"]
   np.testing.assert_allclose(inputs["fbank"][:2], plain[:2], atol=1e-5)
