@@ -478,7 +478,9 @@ def batch_of_files(paths: Sequence[Any], data: Any) -> Batch:
 # ---- to the devices ---------------------------------------------------------
 
 
-class device_batches:  # noqa: N801 - reads like the functions beside it
+def device_batches(
+  batches: Iterator[Batch], sharding: Any, prefetch: int
+) -> "DeviceBatches":
   """Host batches -> (global device arrays, ids), prefetched by a thread.
 
   Args:
@@ -486,6 +488,11 @@ class device_batches:  # noqa: N801 - reads like the functions beside it
     sharding: of the global batch along its first axis.
     prefetch: batches in flight.
   """
+  return DeviceBatches(batches, sharding, prefetch)
+
+
+class DeviceBatches:
+  """The iterator of `device_batches`; `close` it when done."""
 
   _END = object()
 
@@ -521,7 +528,7 @@ class device_batches:  # noqa: N801 - reads like the functions beside it
         continue
     return False
 
-  def __iter__(self) -> "device_batches":
+  def __iter__(self) -> "DeviceBatches":
     return self
 
   def __next__(self) -> tuple[dict[str, jax.Array], list[str]]:
