@@ -1,12 +1,12 @@
 """Names and layouts of the public AV-MAE and MBT weights."""
 
-import golden
 import numpy as np
 import pytest
 from flax import serialization, traverse_util
 
 from avjax.errors import InputError
 from avjax.weights import scenic
+from tests import golden
 
 
 def tags(file, folder):

@@ -109,16 +109,17 @@ class Streams:
 
     Args:
       params: of `init`; blocks per layer or stacked for a scan.
-      patches: raw patches of one modality or both; one alone is a plain ViT
-        whose stream still meets no bottleneck.
+      patches: raw patches of one modality or both; a stream that is alone
+        still meets the bottleneck, which nothing else then writes to.
       keep: of `draw_keep`.
       present: modalities that examples have: the bottleneck is the mean of
         those alone. Attention across all tokens cannot leave one out.
-      fuse: False runs each stream by itself to the end.
+      fuse: False runs each stream by itself to the end, without bottleneck:
+        plain ViTs.
     """
     tokens = {m: self.tokenise(params, m, x) for m, x in patches.items()}
     depth = self.size.depth
-    first = self.fusion_layer if fuse and len(tokens) > 1 else depth
+    first = self.fusion_layer if fuse else depth
     bottleneck = None
     if first < depth and self.bottlenecks:
       x = next(iter(tokens.values()))
@@ -193,7 +194,8 @@ class Streams:
     tokens, _ = state
     if self.shared:
       x = av_encoder.concatenate(tokens)
-      row = None if keep is None else keep[next(iter(tokens))]
+      first = next(m for m in av_encoder.INPUTS if m in tokens)
+      row = None if keep is None else keep[first]
       x = self.block(blocks["shared"], x, row)
       return av_encoder.split(x, tokens), None
     seen = {}

@@ -1,0 +1,171 @@
+"""Starts one model from another and accounts for every name on both sides."""
+
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+
+import numpy as np
+
+from avjax import trees
+from avjax.errors import InputError
+from avjax.methods.base import Loaded, Params
+
+# (source array, target shape) -> (array of that shape, what was done to it),
+# or None where it does not know how.
+Reshape = Callable[[np.ndarray, tuple[int, ...]], tuple[np.ndarray, str] | None]
+
+
+def fill(
+  params: Params,
+  source: Params,
+  candidates: Callable[[str], Iterable[str]],
+  *,
+  reshape: Mapping[str, Reshape] | None = None,
+  optional: Sequence[str] = (),
+) -> Loaded:
+  """The target's parameters with the source's values where they belong.
+
+  Args:
+    params: the target's initial parameters.
+    source: the other model's parameters, nested or by path.
+    candidates: target path -> source paths that may fill it; the first one
+      that exists is taken.
+    reshape: target path -> how to change an array of another shape.
+    optional: beginnings of target paths that keep their initial values when
+      the shapes differ, such as a head for other classes.
+
+  Returns:
+    Every target path is in `loaded` or `missing`; every source path that
+    nothing took is in `unused`.
+
+  Raises:
+    InputError: a shape differs and nothing says how to change it; names both
+      paths and both shapes.
+  """
+  target, origin = trees.flatten(params), trees.flatten(source)
+  values, loaded, reshaped = dict(target), {}, {}
+  for path, initial in target.items():
+    name = next((c for c in candidates(path) if c in origin), None)
+    if name is None:
+      continue
+    value, words = np.asarray(origin[name]), ""
+    if value.shape != initial.shape:
+      change = (reshape or {}).get(path)
+      changed = change(value, initial.shape) if change else None
+      if changed is None:
+        if path.startswith(tuple(optional)):
+          continue
+        raise InputError(
+          f"{path!r} has shape {tuple(initial.shape)}, but {name!r} of the "
+          f"source has {value.shape}"
+        )
+      value, words = changed
+    values[path] = value.astype(initial.dtype)
+    loaded[path] = name
+    if words:
+      reshaped[path] = words
+  used = set(loaded.values())
+  return Loaded(
+    params=trees.unflatten(values),
+    loaded=loaded,
+    missing=[path for path in target if path not in loaded],
+    unused=[path for path in origin if path not in used],
+    reshaped=reshaped,
+  )
+
+
+def channels(
+  value: np.ndarray, shape: tuple[int, ...]
+) -> tuple[np.ndarray, str] | None:
+  """A patch kernel [p*c d] for another number of input channels.
+
+  1 -> c repeats the kernel without dividing, as the public code does, so a
+  spectrogram repeated c times gives c times the activation; c -> 1 sums, which
+  gives exactly the activation that c equal channels gave.
+  """
+  (rows, d), (wanted, width) = value.shape, shape
+  if d == width and wanted > rows and wanted % rows == 0:
+    c = wanted // rows
+    return np.repeat(value, c, axis=0), f"1 -> {c} channels, repeated"
+  if d == width and rows > wanted and rows % wanted == 0:
+    c = rows // wanted
+    summed = value.reshape(wanted, c, d).sum(axis=1)
+    return summed, f"{c} -> 1 channels, summed"
+  return None
+
+
+_MODALITIES = ("video", "audio")
+_BLOCK = re.compile(r"(\w+)/block_(\d+)/(.+)")
+# Behind all tokens: in MBT, in early fusion or shared, in mid-fusion.
+_LAST_NORM = ("norm", "encoder/norm", "encoder_joint/norm")
+
+
+def av_encoder(
+  params: Params, source: Params
+) -> Callable[[str], Iterator[str]]:
+  """How one audiovisual encoder starts another: target path -> source paths.
+
+  Both are AV-MAE's encoder of any kind, of one modality too, or MBT, under the
+  house's names; or the source is {'audio': …, 'video': …} of two of them.
+  AV-MAE (arXiv:2212.05922) §4.1, and the authors' code for what it leaves out:
+
+  - every block of a modality's stream starts from the block of the same depth
+    that this modality passed through: its own stack, then the joint blocks of
+    mid-fusion; a stack that served both is copied to both streams;
+  - a source of one modality starts both streams (table 3). The other patch
+    embedding has no origin and stays random;
+  - the last LayerNorm starts from the one that served all tokens. Separate
+    encoders have none, and LayerNorms inside an encoder are left out;
+  - blocks that serve both modalities start from the video's where the source
+    has two.
+
+  Raises:
+    InputError: the source has no such encoder, or another number of blocks.
+  """
+  two = set(source) == set(_MODALITIES) and all(
+    f"embed_{m}" in source[m] for m in _MODALITIES
+  )
+  names = [m for m in _MODALITIES if f"embed_{m}" in params]
+  trees_of = {m: source[m] if two else source for m in names}
+  for m, tree in trees_of.items():
+    depth, wanted = len(_layers(tree, m)), len(_layers(params, m))
+    if depth != wanted:
+      raise InputError(
+        f"the source has {depth} blocks for {m}, the model {wanted}"
+      )
+
+  def candidates(path: str) -> Iterator[str]:
+    root, _, leaf = path.rpartition("/")
+    stack = path.split("/")[0]
+    own = next((m for m in names if stack.endswith(m)), None)
+    m = own or names[0]
+    prefix = f"{m}/" if two else ""
+    block = _BLOCK.fullmatch(path)
+    if block:
+      layer = _layers(params, m).index(f"{stack}/block_{block[2]}")
+      yield f"{prefix}{_layers(trees_of[m], m)[layer]}/{block[3]}"
+      return
+    if own or not two:
+      yield prefix + path
+    if root in _LAST_NORM and not two:
+      yield from (f"{norm}/{leaf}" for norm in _LAST_NORM)
+    if root == f"encoder_{own}/norm" and "encoder_joint" not in params:
+      yield f"{prefix}encoder/norm/{leaf}"
+
+  return candidates
+
+
+def _layers(tree: Params, m: str) -> list[str]:
+  """The blocks that modality `m` passes through, in order, by path."""
+  (other,) = set(_MODALITIES) - {m}
+  own = (m, "shared", f"encoder_{m}", "encoder", other, f"encoder_{other}")
+  stack = next((name for name in own if name in tree), None)
+  if stack is None:
+    raise InputError(
+      f"there is no audiovisual encoder among {', '.join(sorted(tree))}"
+    )
+  return [
+    f"{name}/{block}"
+    for name in (stack, "encoder_joint")
+    for block in sorted(tree.get(name, {}))
+    if block.startswith("block_")
+  ]
