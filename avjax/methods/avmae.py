@@ -15,7 +15,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Bool, Float, Int
 
 from avjax import losses
 from avjax.errors import InputError
@@ -31,6 +31,9 @@ from avjax.nn.av_encoder import INPUTS, MODALITIES, AVEncoder, Keep, Tokens
 from avjax.nn.transformer import stack_layers
 
 __all__ = ["AVMAE", "MaskedAutoencoder", "default_model"]
+
+ZEROS = nn.initializers.zeros
+Ids = Mapping[str, Int[Array, "b _"]]  # kept tokens by modality
 
 
 class MaskedAutoencoder(AVEncoder):
@@ -50,7 +53,7 @@ class MaskedAutoencoder(AVEncoder):
 
   @nn.compact
   def __call__(
-    self, patches: Tokens, ids: Mapping[str, Any], keep: Keep | None = None
+    self, patches: Tokens, ids: Ids, keep: Keep | None = None
   ) -> dict[str, Tokens]:
     """Reconstructs the patches from those that are kept.
 
@@ -63,16 +66,14 @@ class MaskedAutoencoder(AVEncoder):
       By name and modality: 'junction', 'encoded' [b k d], 'decoder_input',
       'decoded' [b n d] and 'prediction' [b n p].
     """
-    tokens = {
-      m: self.tokenise(m, x, ids[m])
-      for m, x in patches.items()
-      if ids[m].shape[1]
-    }
+    seen = [m for m in patches if ids[m].shape[1]]
+    tokens = {m: self.tokenise(m, patches[m], ids[m]) for m in seen}
     encoded, junction = self.encode(tokens, keep)
     width = self.decoder_size.width
     projected = {
       m: av_encoder.dense(x, width, f"decoder_project_{m}")
       for m, x in encoded.items()
+      if not (self.inpaint and self.targets == (m,))
     }
     z = {
       m: self.decoder_input(m, projected, ids, patches[m].shape[1])
@@ -80,9 +81,7 @@ class MaskedAutoencoder(AVEncoder):
     }
     decoded = self.decode(z)
     prediction = {
-      m: av_encoder.dense(
-        x, patches[m].shape[2], f"head_{m}", nn.initializers.zeros
-      )
+      m: av_encoder.dense(x, patches[m].shape[2], f"head_{m}", ZEROS)
       for m, x in decoded.items()
     }
     return {
@@ -101,7 +100,7 @@ class MaskedAutoencoder(AVEncoder):
     order and fills up with mask tokens, so that the length stays n.
     """
     d = self.decoder_size.width
-    token = self.param(f"mask_token_{m}", nn.initializers.zeros, (d,))
+    token = self.param(f"mask_token_{m}", ZEROS, (d,))
     if self.inpaint:
       (other,) = set(projected) - {m}
       rest = n - projected[other].shape[1]
@@ -139,30 +138,11 @@ class MaskedAutoencoder(AVEncoder):
 # --- 3.4 Objective -----------------------------------------------------------
 
 
-def standardise(
-  x: Float[Array, "b n p"], m: str, kind: str
-) -> tuple[Float[Array, "b n p"], Any, Any]:
-  """Targets with mean 0 and variance 1, and the statistics that undo it.
-
-  'patch': over a patch, population variance, 1e-6 inside the root (§3.1).
-  'channel': each colour of a tubelet by itself; audio stays as it is.
-  """
-  if kind == "none" or (kind == "channel" and m == "audio"):
-    return x, 0.0, 1.0
-  parts = x.reshape(*x.shape[:2], -1, 3 if kind == "channel" else 1)
-  mean = parts.mean(2, keepdims=True)
-  deviation = jnp.sqrt(parts.var(2, keepdims=True) + 1e-6)
-  mean, deviation = (
-    jnp.broadcast_to(s, parts.shape).reshape(x.shape) for s in (mean, deviation)
-  )
-  return (x - mean) / deviation, mean, deviation
-
-
 class AVMAE(Method):
   """Pretraining; `config.model` as `default_model` has it.
 
-  A modality that an example lacks (`has_audio`, `has_video`) is left out of
-  that modality's loss; its placeholder still passes through the encoder.
+  An example that lacks a modality (`has_audio`, `has_video`) is left out of
+  that modality's loss; the placeholder still passes through the encoder.
   Weight decay is for kernels alone. Layer-wise decay counts encoder blocks.
   """
 
@@ -174,32 +154,32 @@ class AVMAE(Method):
     self.size = sizes.resolve(self.model)
     self.num_layers = self.size.depth
     self.modalities = MODALITIES[self.model.modality]
+    self.inpaints = self.model.objective != "joint"
     goal = OBJECTIVES[self.model.objective]
     self.targets = tuple(m for m in goal if m in self.modalities)
 
   def encoder(self, cls: Any = AVEncoder, **more: Any) -> AVEncoder:
     """The Flax module that encodes; one modality alone needs one stack."""
-    model, both = self.model, len(self.modalities) == 2
-    names = ("attention", "remat", "scan")
-    stack = {name: model[name] for name in names}
-    stack["norm"] = model.normalise_output
+    model = self.model
+    stack = {name: model[name] for name in ("attention", "remat", "scan")}
     return cls(
       size=self.size,
-      kind=model.encoder if both else "shared",
+      kind=model.encoder if len(self.modalities) == 2 else "shared",
       fusion_layers=model.fusion_layers,
       positions=model.positions,
       modality_tokens=model.modality_tokens,
-      **{"stack": stack, **more},
+      stack={"norm": model.normalise_output, **stack},
+      **more,
     )
 
-  def autoencoder(self, **more: Any) -> MaskedAutoencoder:
+  def autoencoder(self) -> MaskedAutoencoder:
     """The Flax module that is pretrained."""
     return self.encoder(
       MaskedAutoencoder,
       decoder_size=sizes.resolve(self.model, "decoder_", DECODER_SIZES),
       decoder_kind=self.model.decoder,
-      inpaint=self.model.objective != "joint",
-      **{"targets": self.targets, **more},
+      targets=self.targets,
+      inpaint=self.inpaints,
     )
 
   def patches(self, inputs: Inputs) -> Tokens:
@@ -214,7 +194,7 @@ class AVMAE(Method):
 
   def draw(
     self, inputs: Inputs, patches: Tokens, rng: jax.Array
-  ) -> tuple[dict[str, Any], Keep | None]:
+  ) -> tuple[Ids, Keep | None]:
     """Kept tokens by modality, and stochastic depth: all random choices.
 
     Raises:
@@ -237,15 +217,13 @@ class AVMAE(Method):
     rate = self.model.drop_path
     return ids, self.encoder().draw_keep(depth_keys, self.modalities, rate)
 
-  def removed(
-    self, m: str, ids: Mapping[str, Any], n: int
-  ) -> Bool[Array, "b n"]:
+  def removed(self, m: str, ids: Ids, n: int) -> Bool[Array, "b n"]:
     """M (eq. 1), true = to be reconstructed.
 
     Inpainting knows no correspondence between the modalities: the last
     tokens in raster order are compared with those that stand there.
     """
-    if self.model.objective == "joint":
+    if not self.inpaints:
       return masking.removed(ids[m], n)
     (other,) = set(ids) - {m}
     b, kept = ids[other].shape
@@ -256,8 +234,9 @@ class AVMAE(Method):
     patches = self.patches(inputs)
     ids, _ = self.draw(inputs, patches, rng)
     module = self.autoencoder()
-    stack = {**module.stack, "scan": False}  # names per layer
-    return self.autoencoder(stack=stack).init(rng, patches, ids)["params"]
+    # A scan's parameters are stacked; names are per layer.
+    module = module.clone(stack={**module.stack, "scan": False})
+    return module.init(rng, patches, ids)["params"]
 
   def loss(
     self, params: Params, inputs: Inputs, rng: jax.Array, step: jax.Array
@@ -268,25 +247,27 @@ class AVMAE(Method):
     ids, keep = self.draw(inputs, patches, rng)
     out = self.apply(self.autoencoder(), params, patches, ids, keep)
     metrics, out["target"], out["removed"] = {}, {}, {}
-    for m, prediction in out["prediction"].items():
-      b, n = prediction.shape[:2]
-      target, _, _ = standardise(patches[m], m, self.model.standardise)
-      removed = self.removed(m, ids, n)
-      present = jnp.ones(b, bool)
-      for key in ("valid", f"has_{m}"):
-        present &= inputs.get(key, present)
+    for m, x in out["prediction"].items():
+      target, _, _ = tokenizers.standardise(
+        patches[m], m, self.model.standardise
+      )
+      removed = self.removed(m, ids, x.shape[1])
       counted = removed | self.model.loss_unmasked
       metrics[f"loss_{m}"] = losses.masked_mse(
-        prediction, target, counted, present
+        x, target, counted, self.present(m, inputs, len(x))
       )
       out["target"][m], out["removed"][m] = target, removed
-    aux = {
-      "metrics": metrics,
-      "intermediates": {
-        f"{name}/{m}": x for name, by in out.items() for m, x in by.items()
-      },
-    }
+    seen = {f"{k}/{m}": x for k, by in out.items() for m, x in by.items()}
+    aux = {"metrics": metrics, "intermediates": seen}
     return sum(metrics.values()) / len(metrics), aux
+
+  def present(self, m: str, inputs: Inputs, b: int) -> Bool[Array, "b"]:
+    """Examples that count for modality m; inpainting needs the other, too."""
+    needed = self.modalities if self.inpaints else (m,)
+    present = jnp.ones(b, bool)
+    for key in ("valid", *(f"has_{name}" for name in needed)):
+      present &= inputs.get(key, present)
+    return present
 
   def encode(self, params: Params, inputs: Inputs) -> Tokens:
     """All tokens, unmasked, after the encoder: {modality: [b n d]}."""
@@ -318,41 +299,42 @@ class AVMAE(Method):
       '<m>/input', and by view '<view>/<m>/output' and '<view>/<m>/mask' of the
       input's shape; mask is true where a patch was removed. The view is
       'joint' or 'inpaint' by the objective. A joint model whose decoder spans
-      both modalities ('early') is also shown inpainting: all tokens of m are
-      removed, all of the other are kept. The other decoders see no token of
-      the other modality, so that view would not depend on the input.
+      both modalities (early) also inpaints: all tokens of m are removed, all
+      of the other kept. Other decoders see nothing of the other modality.
     """
     patches = self.patches(inputs)
     ids, _ = self.draw(inputs, patches, rng)
-    result = {f"{m}/input": inputs[INPUTS[m]] for m in self.modalities}
-    joint = self.model.objective == "joint"
-    for m in self.targets:
-      view = f"{'joint' if joint else 'inpaint'}/{m}"
-      result |= self.picture(view, m, params, inputs, patches, ids)
-    if joint and self.model.decoder == "early" and len(patches) == 2:
+    first = "inpaint" if self.inpaints else "joint"
+    views = [(first, self.targets, ids)]
+    crosses = self.model.decoder == "early" and len(patches) == 2
+    if crosses and not self.inpaints:
       every = {
         m: jnp.broadcast_to(jnp.arange(x.shape[1]), x.shape[:2])
         for m, x in patches.items()
       }
       for m in self.targets:
-        shown = {**every, m: ids[m][:, :0]}
-        view = f"inpaint/{m}"
-        result |= self.picture(view, m, params, inputs, patches, shown)
+        views.append(("inpaint", (m,), {**every, m: ids[m][:, :0]}))
+    result = {f"{m}/input": inputs[INPUTS[m]] for m in self.modalities}
+    for view, targets, ids in views:
+      out = self.apply(self.autoencoder(), params, patches, ids)
+      for m in targets:
+        image, mask = self.picture(m, inputs, patches, ids, out["prediction"])
+        result[f"{view}/{m}/output"], result[f"{view}/{m}/mask"] = image, mask
     return result
 
-  def picture(self, view, m, params, inputs, patches, ids) -> dict[str, Any]:
-    """Output and mask of one modality, targets' statistics undone."""
-    out = self.apply(self.autoencoder(), params, patches, ids)
-    x = out["prediction"][m].astype(jnp.float32)
-    _, mean, deviation = standardise(patches[m], m, self.model.standardise)
+  def picture(self, m, inputs, patches, ids, prediction):
+    """Output and mask of the input's shape, targets' statistics undone."""
+    _, mean, deviation = tokenizers.standardise(
+      patches[m], m, self.model.standardise
+    )
+    x = prediction[m].astype(jnp.float32) * deviation + mean
     removed = self.removed(m, ids, x.shape[1])[..., None]
     removed = jnp.broadcast_to(removed, x.shape)
-    given, patch = inputs[INPUTS[m]], self.model[f"patch_{m}"]
-    nothing = jnp.zeros(given.shape, bool)
-    return {
-      f"{view}/output": tokenizers.paste(x * deviation + mean, given, patch),
-      f"{view}/mask": tokenizers.paste(removed, nothing, patch),
-    }
+    # What does not fill a patch is shown as it is.
+    canvas, patch = inputs[INPUTS[m]], self.model[f"patch_{m}"]
+    none = jnp.zeros(canvas.shape, bool)
+    paste = tokenizers.paste
+    return paste(x, canvas, patch), paste(removed, none, patch)
 
   def param_info(self, path: str) -> ParamInfo:
     """See `Method.param_info`; the joint blocks of mid-fusion are the last."""

@@ -5,8 +5,12 @@ they are in random order, which only modality inpainting notices. Noise is
 drawn with one key per example, so masks do not depend on the devices.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 # One per example, typed or raw.
@@ -35,7 +39,28 @@ def num_kept(n: int, ratio: float) -> int:
 
 def ids_keep(noise: Float[Array, "b n"], kept: int) -> Int[Array, "b k"]:
   """The `kept` tokens of smallest noise, in ascending order of noise."""
+  return _smallest(noise, kept)
+
+
+def _top_k(noise, kept):
   return jax.lax.top_k(-noise, kept)[1]
+
+
+def _partition(kept, mesh, arguments, result):
+  del result
+  spec = [*arguments[0].sharding.spec, None][:1]
+  rows = NamedSharding(mesh, PartitionSpec(*spec, None))
+  return mesh, functools.partial(_top_k, kept=kept), rows, (rows,)
+
+
+# XLA would gather the rows of all devices before a top_k; every device can do
+# its own.
+_smallest = custom_partitioning(_top_k, static_argnums=(1,))
+_smallest.def_partition(
+  partition=_partition,
+  sharding_rule="b n -> b k",
+  need_replication_factors=("n", "k"),
+)
 
 
 def gather(

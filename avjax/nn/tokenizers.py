@@ -6,7 +6,9 @@ patches before they are embedded.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
+import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Float, Shaped
 
@@ -123,3 +125,29 @@ def paste(
   else:
     image = unpatchify_audio(x, audio_grid(canvas.shape, patch), patch)
   return canvas.at[tuple(slice(size) for size in image.shape)].set(image)
+
+
+def standardise(
+  x: Float[Array, "b n p"], m: str, kind: str
+) -> tuple[Float[Array, "b n p"], Any, Any]:
+  """Patches of mean 0 and variance 1 (AV-MAE's targets), and what undoes it.
+
+  Args:
+    x: patches.
+    m: 'video' or 'audio'.
+    kind: 'patch', over a patch; 'channel', each colour of a tubelet by itself
+      and audio as it is; 'none'. The variance is the population's, with 1e-6
+      inside the root.
+
+  Returns:
+    (x - mean) / deviation, mean, deviation.
+  """
+  if kind == "none" or (kind == "channel" and m == "audio"):
+    return x, 0.0, 1.0
+  parts = x.reshape(*x.shape[:2], -1, 3 if kind == "channel" else 1)
+  mean = parts.mean(2, keepdims=True)
+  deviation = jnp.sqrt(parts.var(2, keepdims=True) + 1e-6)
+  mean, deviation = (
+    jnp.broadcast_to(s, parts.shape).reshape(x.shape) for s in (mean, deviation)
+  )
+  return (x - mean) / deviation, mean, deviation

@@ -120,8 +120,8 @@ class Block(nn.Module):
     def add(x, branch, which):
       if keep is None:
         return x + branch
-      factor = jnp.repeat(keep[which], n, total_repeat_length=b * n)
-      return x + branch * factor[:, None].astype(x.dtype)
+      factor = jnp.broadcast_to(keep[which][:, None], (b, n))
+      return x + branch * factor.reshape(b * n, 1).astype(x.dtype)
 
     x = x.reshape(b * n, d)
     y = nn.LayerNorm(self.eps, dtype=x.dtype, name="norm1")(x)
