@@ -1,0 +1,248 @@
+"""Speed as numbers: the pipeline, the step, and both together.
+
+python -m avjax.benchmark --config=configs/avmae_vgg.py --batch_size=4 --pin
+
+On a CPU, rates are per CPU second (`--pin` binds the process to one core, so
+that they are rates of one core), the minimum of the repeats counts and the
+matrix-product peak is measured in turn with the step. On a GPU, rates are per
+second and the median counts.
+"""
+
+import dataclasses
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from avjax import commands
+
+# Rows, inner and columns of the products whose best rate is called the peak.
+PEAK_SHAPES = ((944, 768, 3072), (1888, 768, 768), (1024, 1024, 1024),
+               (8192, 8192, 8192))  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One line of the table; rates are per CPU second on a CPU."""
+
+  what: str
+  clips_per_s: float
+  flops_per_s: float = 0.0
+  share_of_peak: float = 0.0
+
+
+def clock(device: str) -> Callable[[], float]:
+  """CPU seconds of this process on a CPU, seconds elsewhere."""
+  return time.process_time if device == "cpu" else time.perf_counter
+
+
+def timed(
+  functions: list[Callable[[], Any]], repeats: int, device: str
+) -> list[float]:
+  """Seconds of each function; all are run in turn, `repeats` times.
+
+  The minimum on a CPU, the median elsewhere; a first round does not count.
+  """
+  now = clock(device)
+  seconds: list[list[float]] = [[] for _ in functions]
+  for repeat in range(repeats + 1):
+    for function, times in zip(functions, seconds, strict=True):
+      began = now()
+      function()
+      if repeat:
+        times.append(now() - began)
+  pick = min if device == "cpu" else statistics.median
+  return [pick(times) for times in seconds]
+
+
+def peak_functions(dtype: str, device: str) -> list[tuple[int, Any]]:
+  """(FLOPs, function) of the products that measure the peak."""
+  import jax
+  import jax.numpy as jnp
+
+  result = []
+  for m, k, n in PEAK_SHAPES[: 3 if device == "cpu" else 4]:
+    left = jnp.ones((m, k), dtype)
+    right = jnp.ones((k, n), dtype)
+    # Several products in one call, so that the call itself costs nothing.
+    times = max(1, round(2e10 / (2 * m * k * n)))
+    chain = jax.jit(
+      lambda a, b, times=times: jax.lax.fori_loop(
+        0, times, lambda i, s: s + (a + i.astype(a.dtype) * 1e-6) @ b,
+        jnp.zeros((a.shape[0], b.shape[1]), a.dtype),
+      )
+    )  # fmt: skip
+    result.append((
+      2 * m * k * n * times,
+      lambda f=chain, a=left, b=right: f(a, b).block_until_ready(),
+    ))  # fmt: skip
+  return result
+
+
+def bench_step(setup: Any, repeats: int) -> tuple[list[Row], Any]:
+  """The peak and the step on a synthetic batch that lies on the device.
+
+  Returns:
+    Rows, and a function (state, batch) -> (state, metrics).
+  """
+  import jax
+
+  from avjax import experiment, flops
+
+  device = jax.default_backend()
+  compiled = setup.compile_step()
+  batch = experiment.synthetic_batch(setup)
+  holder = {"state": setup.init_state()}
+
+  def step() -> None:
+    holder["state"], metrics = compiled(holder["state"], batch)
+    jax.block_until_ready(metrics)
+
+  peaks = peak_functions(setup.config.dtype, device)
+  times = timed([step, *(f for _, f in peaks)], repeats, device)
+  peak = max(n / t for (n, _), t in zip(peaks, times[1:], strict=True))
+  peak *= setup.mesh.size if device != "cpu" else 1
+  work = flops.count(
+    lambda s, b: experiment.train_step(setup, s, b),
+    setup.state_shapes,
+    setup.batch_shapes,
+  )
+  clips = next(iter(setup.batch_shapes.values())).shape[0]
+  rate = work / times[0]
+  rows = [
+    Row("matrix-product peak", 0.0, peak, 1.0),
+    Row("step, synthetic batch", clips / times[0], rate, rate / peak),
+  ]
+  return rows, (compiled, holder["state"])
+
+
+def host_batches(config: Any, batch_size: int) -> Iterator[dict[str, Any]]:
+  """Training batches from the built data set."""
+  from avjax.data import pipeline
+
+  return pipeline.train_batches(
+    config.data, batch_size=batch_size, seed=config.seed
+  )
+
+
+def bench_pipeline(config: Any, batch_size: int, repeats: int) -> Row:
+  """Batches from disk, nothing else."""
+  source = host_batches(config, batch_size)
+  (seconds,) = timed([lambda: next(source)], repeats, "cpu")
+  return Row("pipeline alone", batch_size / seconds)
+
+
+def bench_together(setup: Any, batch_size: int, repeats: int, step: Any) -> Row:
+  """Training as it runs: pipeline, transfer and step."""
+  import jax
+
+  from avjax import parallel
+  from avjax.data import pipeline
+
+  device = jax.default_backend()
+  compiled, state = step
+  stream = pipeline.device_batches(
+    host_batches(setup.config, batch_size),
+    parallel.batch_sharding(setup.mesh),
+    setup.config.data.prefetch,
+  )
+  holder = {"state": state}
+
+  def both() -> None:
+    batch, _ = next(stream)
+    holder["state"], metrics = compiled(holder["state"], batch)
+    jax.block_until_ready(metrics)
+
+  now = clock(device)
+  both()
+  began = now()
+  for _ in range(repeats):
+    both()
+  seconds = (now() - began) / repeats
+  stream.close()
+  return Row("pipeline and step", batch_size / seconds)
+
+
+def table(rows: list[Row], title: str) -> str:
+  """Markdown."""
+  lines = [
+    title,
+    "",
+    "| what | clips/s | GFLOP/s | share of peak |",
+    "|---|---|---|---|",
+  ]
+  for row in rows:
+    cells = [
+      f"{row.clips_per_s:.2f}" if row.clips_per_s else "",
+      f"{row.flops_per_s / 1e9:.1f}" if row.flops_per_s else "",
+      f"{row.share_of_peak:.1%}" if row.share_of_peak else "",
+    ]
+    lines.append(f"| {row.what} | {' | '.join(cells)} |")
+  return "\n".join(lines)
+
+
+def benchmark(config: Any, batch_size: int = 0, repeats: int = 5) -> list[Row]:
+  """All rows for one stage's config; data rows only where data is built."""
+  from absl import logging
+
+  from avjax import experiment
+  from avjax.data import datasets
+  from avjax.errors import InputError
+
+  batch_size = batch_size or config.batch_size
+  try:
+    datasets.built_dir(config.data)
+    built = True
+  except InputError as error:
+    logging.warning("no pipeline rows: %s", error)
+    built = False
+  setup = experiment.build(
+    config, batch_size=batch_size, published_size=not built
+  )
+  rows, step = bench_step(setup, repeats)
+  if built:
+    rows.append(bench_pipeline(config, batch_size, repeats))
+    rows.append(bench_together(setup, batch_size, repeats, step))
+  return rows
+
+
+def main(argv: list[str]) -> None:
+  """Prints the table; with --json also writes it."""
+  del argv
+  values = flags.FLAGS
+  config = commands.with_demo_data(values.config)
+  if config.stages:
+    config = config[values.stage or config.stages[0]]
+  if values.pin:
+    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[-1]})
+    os.environ["NPROC"] = os.environ["OMP_NUM_THREADS"] = "1"
+  import jax
+
+  rows = benchmark(config, values.batch_size, values.repeats)
+  device = jax.devices()[0]
+  title = (
+    f"{config.method} on {device.device_kind}, "
+    f"{'one pinned core, per CPU second' if values.pin else jax.device_count()}"
+    f"{'' if values.pin else ' device(s)'}, {config.dtype}, batch "
+    f"{values.batch_size or config.batch_size}"
+  )
+  print(table(rows, title))
+  if values.json:
+    with open(values.json, "w") as file:
+      record = {"title": title, "rows": [dataclasses.asdict(r) for r in rows]}
+      json.dump(record, file, indent=2)
+
+
+if __name__ == "__main__":
+  config_flags.DEFINE_config_file("config", None, "The config to measure.")
+  flags.DEFINE_integer("batch_size", 0, "Instead of the config's.")
+  flags.DEFINE_integer("repeats", 5, "Counted repeats.", lower_bound=1)
+  flags.DEFINE_bool("pin", False, "Bind the process to one core.")
+  flags.DEFINE_string("stage", "", "Of a staged config; default the first.")
+  flags.DEFINE_string("json", "", "Also write the table there.")
+  commands.run(main, required=("config",))

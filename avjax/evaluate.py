@@ -1,0 +1,127 @@
+"""Makes the evaluators of a run; re-evaluates a finished or running one.
+
+python -m avjax.evaluate --workdir=DIR
+"""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+from absl import flags, logging
+
+from avjax import (
+  commands,
+  evaluators,
+  experiment,
+  initialise,
+  parallel,
+  report,
+)
+from avjax import config as config_lib
+from avjax.checkpoint import Checkpoints
+from avjax.data import pipeline
+from avjax.errors import unknown
+from avjax.evaluators.base import Context, Evaluator
+from avjax.experiment import Experiment
+from avjax.workdir import Workdir
+from avjax.writer import Writer
+
+
+def make_evaluators(
+  setup: Experiment, run: Workdir, writer: Writer
+) -> dict[str, Evaluator]:
+  """The evaluators of `config.evals` by name."""
+  context = Context(
+    config=setup.config,
+    method=setup.method,
+    prepare=setup.prepare,
+    batches=lambda section: batches(setup, section),
+    workdir=run,
+    picture=writer.picture,
+  )
+  return {
+    name: evaluators.make(context, section)
+    for name, section in sorted(setup.config.evals.items())
+  }
+
+
+def batches(
+  setup: Experiment, section: Any
+) -> Iterator[tuple[dict[str, jax.Array], list[str]]]:
+  """Global device batches of one evaluation's split, in order."""
+  size = section.batch_size or setup.config.batch_size
+  parallel.check_batch(size, setup.mesh, "evaluation batch size")
+  host = pipeline.eval_batches(
+    setup.config.data,
+    split=section.split,
+    batch_size=size,
+    views=section.views,
+    limit=section.limit,
+    process_index=jax.process_index(),
+    process_count=jax.process_count(),
+  )
+  sharding = parallel.batch_sharding(setup.mesh)
+  stream = pipeline.device_batches(host, sharding, setup.config.data.prefetch)
+  try:
+    yield from stream
+  finally:
+    stream.close()
+
+
+def evaluate(
+  path: Any, *, step: int | None = None, only: str = ""
+) -> dict[str, float]:
+  """Runs the evaluations of a run's config on one of its checkpoints.
+
+  Args:
+    path: a run's folder, a stage of it (the newest stage otherwise), or one
+      checkpoint.
+    step: which checkpoint; None = the newest verified one.
+    only: name of one evaluation; '' = all.
+
+  Returns:
+    `<eval>/<metric>` -> score; also written to evaluation.json.
+
+  Raises:
+    InputError: no such run, step or evaluation.
+  """
+  run, named = initialise.locate(path)
+  config = config_lib.from_plain(run.read_config())
+  if only and only not in config.evals:
+    raise unknown("evaluation", only, config.evals)
+  setup = experiment.build(config)
+  template = experiment.stored(config, setup.state_shapes)
+  checkpoints = Checkpoints(run.checkpoints, keep=None)
+  step, state, _ = checkpoints.restore(template, step=step or named)
+  checkpoints.close()
+  params = setup.eval_params(experiment.live(config, state))
+  writer = Writer(Workdir(run.root / "evaluation"), step)
+  scores = {}
+  for name, evaluator in make_evaluators(setup, run, writer).items():
+    if only in ("", name):
+      values = evaluator.run(params, step)
+      scores |= {f"{name}/{key}": float(v) for key, v in values.items()}
+  writer.close()
+  if jax.process_index() == 0:
+    record = {"step": step, "scores": scores}
+    (run.root / "evaluation.json").write_text(json.dumps(record, indent=2))
+  logging.info("step %d of %s: %s", step, run.root, report.in_words(scores))
+  return scores
+
+
+def main(argv: list[str]) -> None:
+  """Prints one line per score."""
+  del argv
+  logging.set_verbosity(logging.INFO)
+  values = flags.FLAGS
+  scores = evaluate(values.workdir, step=values.step, only=values.only)
+  for name, value in scores.items():
+    print(f"{name} {value:.4f}")
+
+
+if __name__ == "__main__":
+  flags.DEFINE_string("workdir", None, "A run, a stage of it or a checkpoint.")
+  flags.DEFINE_integer("step", None, "Which checkpoint; default the newest.")
+  flags.DEFINE_string("only", "", "One evaluation of the config; default all.")
+  commands.run(main, required=("workdir",))

@@ -1,0 +1,149 @@
+"""`config.init_from`: starts a model from another run's parameters."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import jax
+from absl import logging
+
+from avjax import experiment, optim
+from avjax.checkpoint import restore_params
+from avjax.errors import InputError
+from avjax.methods.base import Loaded
+from avjax.workdir import Workdir, workdir
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+  """Parameters under the house's names and the config they came from."""
+
+  params: Any
+  config: dict[str, Any]
+  step: int
+  path: pathlib.Path
+
+
+def parse(text: str) -> dict[str, str]:
+  """'DIR' -> {'': 'DIR'}; 'audio:A,video:B' -> {'audio': 'A', 'video': 'B'}.
+
+  Raises:
+    InputError: one of the two modalities is named without the other.
+  """
+  parts = dict(
+    part.split(":", 1)
+    for part in text.split(",")
+    if part.startswith(("audio:", "video:"))
+  )
+  if not parts:
+    return {"": text}
+  if set(parts) != {"audio", "video"}:
+    raise InputError(
+      f"init_from={text!r} names {', '.join(parts)} alone; give "
+      "audio:PATH,video:PATH, or one PATH for both"
+    )
+  return parts
+
+
+def read(path: str | pathlib.Path) -> Source:
+  """The newest verified parameters of a run's folder or of a checkpoint.
+
+  Args:
+    path: a workdir (a staged one: its first stage that pretrains is not
+      guessed, the last finished stage is taken), a stage's folder, a
+      `checkpoints` folder or one step in it.
+
+  Raises:
+    InputError: there is no run or no intact checkpoint.
+  """
+  run, step = locate(path)
+  config = run.read_config()
+  step, params = restore_params(run.checkpoints, step)
+  return Source(params, config, step, run.root)
+
+
+def locate(path: str | pathlib.Path) -> tuple[Workdir, int | None]:
+  """The run's folder that a path lies in, and the step if it names one."""
+  path = pathlib.Path(path).expanduser()
+  if not path.exists():
+    raise InputError(f"{path} does not exist")
+  step = None
+  if path.name.isdigit() and path.parent.name == "checkpoints":
+    step, path = int(path.name), path.parent
+  if path.name == "checkpoints":
+    path = path.parent
+  run = workdir(path)
+  if run.config.exists():
+    return run, step
+  inner = [p.parent for p in path.glob("*/config.json")]
+  inner = [p for p in inner if any(workdir(p).checkpoints.glob("[0-9]*"))]
+  if not inner:
+    raise InputError(
+      f"{path} is neither a run nor a checkpoint: there is no {run.config} "
+      "and no stage with checkpoints below it"
+    )
+  newest = max(inner, key=lambda p: workdir(p).config.stat().st_mtime)
+  return workdir(newest), None
+
+
+def from_weights(
+  setup: experiment.Experiment, state: experiment.State, run: Workdir
+) -> experiment.State:
+  """The first state with `init_from`'s parameters in place.
+
+  A report of loaded, missing, unused and reshaped parameters is printed and
+  saved as loading.json.
+  """
+  config = setup.config
+  parts = {m: read(p) for m, p in parse(config.init_from).items()}
+  if "" in parts:
+    source, source_config = parts[""].params, parts[""].config
+  else:
+    source = {m: part.params for m, part in parts.items()}
+    source_config = {m: part.config for m, part in parts.items()}
+  target = jax.device_get(experiment.stored(config, state["params"]))
+  loaded = setup.method.adapt(target, source, source_config)
+  if not loaded.loaded:
+    raise InputError(
+      f"nothing in {config.init_from} fits the method {config.method}: "
+      f"{len(loaded.unused)} parameters there, {len(loaded.missing)} here"
+    )
+  if jax.process_index() == 0:
+    say(loaded, parts, run)
+  shardings = jax.tree.map(lambda x: x.sharding, setup.state_shapes["params"])
+  params = jax.device_put(experiment.live(config, loaded.params), shardings)
+  state["params"] = params
+  state["average"] = optim.init_average(config.optimizer, params)
+  return state
+
+
+def say(loaded: Loaded, parts: dict[str, Source], run: Workdir) -> None:
+  """Prints the counts and every name that was not simply loaded."""
+  for modality, part in parts.items():
+    logging.info(
+      "init_from%s: %s at step %d",
+      f" ({modality})" if modality else "",
+      part.path,
+      part.step,
+    )
+  logging.info(
+    "loaded %d, missing %d, unused %d, reshaped %d parameters",
+    len(loaded.loaded),
+    len(loaded.missing),
+    len(loaded.unused),
+    len(loaded.reshaped),
+  )
+  for name in loaded.missing:
+    logging.info("  missing (initial value kept): %s", name)
+  for name in loaded.unused:
+    logging.info("  unused: %s", name)
+  for name, how in loaded.reshaped.items():
+    logging.info("  reshaped: %s (%s)", name, how)
+  record = {
+    "loaded": dict(loaded.loaded),
+    "missing": list(loaded.missing),
+    "unused": list(loaded.unused),
+    "reshaped": dict(loaded.reshaped),
+  }
+  run.loading_report.write_text(json.dumps(record, indent=2) + "\n")

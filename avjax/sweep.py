@@ -1,0 +1,246 @@
+"""A study: rows of overrides x seeds, one resumable run each.
+
+python -m avjax.sweep --study=configs/studies/avmae_demo.py --output=DIR
+
+A study file defines `get_study() -> Study`. Every run is a process of its own
+in `DIR/runs/<row>/<seed>`; a second call goes on where the first stopped.
+Results: DIR/results.csv, DIR/results.md, DIR/results.png.
+"""
+
+import csv
+import dataclasses
+import importlib.util
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+from avjax import commands, report
+from avjax.errors import InputError
+
+# Appended by --smoke: shows that every row runs, and nothing else.
+SMOKE = ("total_steps=2", "total_epochs=0.0")
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """One line of a study.
+
+  Attributes:
+    name: of the row, used as a folder's name.
+    config: config file with its argument, `configs/x.py:demo`.
+    overrides: `key=value` of config keys.
+    start: row, or `row/stage`, whose run with the same seed `init_from`
+      names, or ''; or `audio:ROW,video:ROW`.
+    stages: of a staged config.
+    shown: whether the row appears in the results.
+  """
+
+  name: str
+  config: str
+  overrides: Sequence[str] = ()
+  start: str = ""
+  stages: Sequence[str] = ()
+  shown: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class Study:
+  """Rows and what is compared.
+
+  Attributes:
+    title: of the table and the plot.
+    rows: in order; a row's `start` comes before it.
+    metrics: names of scores, `<eval>/<metric>`.
+    chance: score of guessing, drawn as a line.
+  """
+
+  title: str
+  rows: Sequence[Row]
+  metrics: Sequence[str]
+  chance: float = 0.0
+
+
+def read_study(path: str) -> Study:
+  """Runs a study file's `get_study`.
+
+  Raises:
+    InputError: no such file, or it defines no study.
+  """
+  if not pathlib.Path(path).exists():
+    raise InputError(f"study {path} does not exist")
+  spec = importlib.util.spec_from_file_location("study", path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  if not hasattr(module, "get_study"):
+    raise InputError(f"{path} does not define get_study()")
+  study = module.get_study()
+  names = [row.name for row in study.rows]
+  for position, row in enumerate(study.rows):
+    for start in starts(row).values():
+      if start.split("/")[0] not in names[:position]:
+        raise InputError(
+          f"{path}: row {row.name!r} starts from {start!r}, which is not a "
+          "row before it"
+        )
+  return study
+
+
+def starts(row: Row) -> dict[str, str]:
+  """Rows by modality ('' = both) that a row starts from."""
+  if not row.start:
+    return {}
+  if ":" not in row.start:
+    return {"": row.start}
+  return dict(part.split(":") for part in row.start.split(","))
+
+
+def command(
+  row: Row, seed: int, output: pathlib.Path, smoke: bool
+) -> list[str]:
+  """The process that runs one row with one seed."""
+  folder = output / "runs"
+  overrides = [f"seed={seed}", *row.overrides]
+  sources = []
+  for modality, name in starts(row).items():
+    name, _, stage = name.partition("/")
+    path = str(folder / name / str(seed) / stage)
+    sources.append(f"{modality}:{path}" if modality else path)
+  if sources:
+    overrides.append(f"init_from={','.join(sources)}")
+  if smoke:
+    places = [f"{stage}." for stage in row.stages] or [""]
+    overrides += [f"{place}{item}" for place in places for item in SMOKE]
+  return [
+    sys.executable, "-m", "avjax.main", f"--config={row.config}",
+    *(f"--config.{item}" for item in overrides),
+    f"--workdir={folder / row.name / str(seed)}",
+  ]  # fmt: skip
+
+
+def run(study: Study, seeds: Sequence[int], output: Any, smoke: bool) -> Any:
+  """Runs what is missing, then writes the results.
+
+  Returns:
+    List of dicts: row, seed, seconds and the scores.
+
+  Raises:
+    InputError: a run failed; names its log.
+  """
+  output = pathlib.Path(output)
+  jobs = [(seed, row) for seed in seeds for row in study.rows]
+  began, records = time.time(), []
+  for number, (seed, row) in enumerate(jobs):
+    records.append(run_row(row, seed, output, smoke))
+    left = (time.time() - began) / (number + 1) * (len(jobs) - number - 1)
+    print(
+      f"[{number + 1}/{len(jobs)}] {row.name} seed {seed}: "
+      f"{report.in_words({m: records[-1].get(m, float('nan')) for m in study.metrics})}; "  # noqa: E501
+      f"{report.duration(left)} left",
+      flush=True,
+    )
+    write(study, records, output)
+  return records
+
+
+def run_row(
+  row: Row, seed: int, output: pathlib.Path, smoke: bool
+) -> dict[str, Any]:
+  """One run; a finished one is only read."""
+  folder = output / "runs" / row.name / str(seed)
+  folder.mkdir(parents=True, exist_ok=True)
+  done, took = folder / "done.json", folder / "seconds.json"
+  if not done.exists():
+    began = time.time()
+    log = folder / "log.txt"
+    with log.open("a") as file:
+      code = subprocess.run(
+        command(row, seed, output, smoke), stdout=file, stderr=file, check=False
+      ).returncode
+    if code:
+      tail = "\n".join(log.read_text().splitlines()[-5:])
+      raise InputError(f"{row.name} seed {seed} failed, see {log}:\n{tail}")
+    before = json.loads(took.read_text()) if took.exists() else 0.0
+    took.write_text(json.dumps(before + time.time() - began))
+  scores = json.loads(done.read_text())["scores"]
+  seconds = json.loads(took.read_text()) if took.exists() else 0.0
+  return {"row": row.name, "seed": seed, "seconds": seconds, **scores}
+
+
+def summary(
+  study: Study, records: Sequence[dict[str, Any]]
+) -> list[tuple[str, list[tuple[float, float, int]]]]:
+  """(row, [(mean, standard deviation, runs) per metric]) of shown rows."""
+  result = []
+  for row in study.rows:
+    runs = [r for r in records if r["row"] == row.name]
+    if not row.shown or not runs:
+      continue
+    cells = []
+    for metric in study.metrics:
+      values = [r[metric] for r in runs if metric in r]
+      if values:
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        cells.append((statistics.mean(values), spread, len(values)))
+      else:
+        cells.append((float("nan"), 0.0, 0))
+    result.append((row.name, cells))
+  return result
+
+
+def write(study: Study, records: Sequence[dict[str, Any]], output: Any) -> None:
+  """results.csv, results.md and results.png."""
+  from avjax import plots
+
+  keys = sorted({key for record in records for key in record})
+  keys = ["row", "seed"] + [k for k in keys if k not in ("row", "seed")]
+  with (output / "results.csv").open("w", newline="") as file:
+    writer = csv.DictWriter(file, keys)
+    writer.writeheader()
+    writer.writerows(records)
+  rows = summary(study, records)
+  if not rows:
+    return
+  lines = [
+    f"# {study.title}", "",
+    f"| run | {' | '.join(study.metrics)} | seeds |",
+    "|---" * (len(study.metrics) + 2) + "|",
+  ]  # fmt: skip
+  for name, cells in rows:
+    texts = [f"{mean:.3f} ± {spread:.3f}" for mean, spread, _ in cells]
+    lines.append(f"| {name} | {' | '.join(texts)} | {cells[0][2]} |")
+  lines += ["", f"Chance: {study.chance:.3f}.", ""]
+  (output / "results.md").write_text("\n".join(lines))
+  plots.save(
+    output / "results.png",
+    plots.bar_plot(
+      [name for name, _ in rows],
+      {m: [c[i][:2] for _, c in rows] for i, m in enumerate(study.metrics)},
+      title=study.title,
+      line=study.chance,
+    ),
+  )
+
+
+def main(argv: list[str]) -> None:
+  """Prints one line a run and the table at the end."""
+  del argv
+  values = flags.FLAGS
+  study = read_study(values.study)
+  seeds = [int(seed) for seed in values.seeds]
+  run(study, seeds, values.output, values.smoke)
+  print((pathlib.Path(values.output) / "results.md").read_text())
+
+
+if __name__ == "__main__":
+  flags.DEFINE_string("study", None, "A file that defines get_study().")
+  flags.DEFINE_string("output", None, "Folder of the runs and the results.")
+  flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds, comma separated.")
+  flags.DEFINE_bool("smoke", False, "Two steps a run: shows that it works.")
+  commands.run(main, required=("study", "output"))

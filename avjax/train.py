@@ -1,0 +1,404 @@
+"""The only training loop."""
+
+import json
+import signal
+import sys
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from absl import logging
+from clu import parameter_overview
+
+from avjax import config as config_lib
+from avjax import (
+  evaluate,
+  experiment,
+  flops,
+  initialise,
+  memory,
+  parallel,
+  report,
+)
+from avjax.checkpoint import Checkpoints, RunLock
+from avjax.data import pipeline
+from avjax.errors import InputError
+from avjax.workdir import Workdir, workdir
+from avjax.writer import Writer
+
+# Keys that may change between a run and its continuation: they do not change
+# what is computed, only where, how fast and what is shown.
+FREE_KEYS = ("log_every", "mesh.", "checkpoint.", "evals.", "data.dir",
+             "data.workers", "data.threads", "data.prefetch")  # fmt: skip
+
+
+def train_and_evaluate(config: Any, path: Any) -> dict[str, float]:
+  """Trains the config in a folder, or goes on where that folder stopped.
+
+  Args:
+    config: a config of one stage or a staged one (avjax.config.staged).
+    path: the run's folder.
+
+  Returns:
+    The final scores, `<eval>/<metric>`; of the last stage for a staged config.
+
+  Raises:
+    InputError: what was asked for is impossible; says which key or file.
+    FloatingPointError: a metric is not finite; names the step and metric.
+  """
+  run = workdir(path)
+  if not config.stages:
+    return train_stage(config, run)
+  scores = {}
+  for name in config.stages:
+    logging.info("stage %s in %s", name, run.stage(name).root)
+    stage = config[name].copy_and_resolve_references()
+    if stage.init_from == "previous":
+      with stage.unlocked():
+        stage.init_from = str(previous.root)
+    previous = run.stage(name)
+    scores = train_stage(stage, previous)
+  if jax.process_index() == 0:
+    report.write_staged(run, config.stages)
+    run.done.write_text(json.dumps({"scores": scores}, indent=2) + "\n")
+  return scores
+
+
+def train_stage(config: Any, run: Workdir) -> dict[str, float]:
+  """One stage; see train_and_evaluate."""
+  if run.done.exists():
+    check_config(config, run)
+    logging.info("%s is finished, nothing to do", run.root)
+    return json.loads(run.done.read_text())["scores"]
+  run.root.mkdir(parents=True, exist_ok=True)
+  with RunLock(run.lock):
+    check_config(config, run)
+    return Loop(config, run).go()
+
+
+def check_config(config: Any, run: Workdir) -> None:
+  """Saves the resolved config, or compares it with the one saved before.
+
+  Raises:
+    InputError: the folder belongs to a run with another config; lists the
+      keys with both values.
+  """
+  new = config_lib.plain(config)
+  if run.config.exists():
+    rows = config_lib.differences(run.read_config(), new)
+    rows = [row for row in rows if not row.startswith(FREE_KEYS)]
+    if rows:
+      raise InputError(
+        f"{run.root} holds a run with another config; choose another "
+        f"--workdir or the same config. Differences (saved -> asked): "
+        f"{'; '.join(rows)}"
+      )
+  if jax.process_index() == 0:
+    temporary = run.config.with_suffix(".tmp")
+    temporary.write_text(json.dumps(new, indent=2) + "\n")
+    temporary.replace(run.config)
+    names = {h: pipeline.class_names(config.data, h) for h in config.data.heads}
+    run.classes.write_text(json.dumps(names, indent=2) + "\n")
+
+
+class Loop:
+  """The state of one running stage."""
+
+  def __init__(self, config: Any, run: Workdir):
+    self.config, self.run = config, run
+    self.setup = experiment.build(config)
+    self.interrupted = False
+    self.scores: dict[str, float] = {}
+    self.skipped = pipeline.Skipped()
+
+  def go(self) -> dict[str, float]:
+    """Restores, trains, evaluates, reports."""
+    checkpoint = self.config.checkpoint
+    self.checkpoints = Checkpoints(
+      self.run.checkpoints,
+      keep=checkpoint.keep,
+      best=checkpoint.best,
+      best_mode=checkpoint.best_mode,
+    )
+    # ---- 1. restore, else init_from, else random: in this order, so that a
+    # restarted fine-tuning never reads the pretrained weights again.
+    state, first = self.first_state()
+    self.writer = Writer(self.run, first)
+    self.evaluators = evaluate.make_evaluators(
+      self.setup, self.run, self.writer
+    )
+    old_handlers = self.catch_signals()
+    try:
+      if first < self.setup.total_steps:
+        state = self.train(state, first)
+      self.finish(state)
+    finally:
+      for number, handler in old_handlers.items():
+        signal.signal(number, handler)
+      self.writer.close()
+      self.checkpoints.close()
+    return self.scores
+
+  def first_state(self) -> tuple[experiment.State, int]:
+    """The newest verified checkpoint, or the state that training starts in."""
+    setup, config = self.setup, self.config
+    if self.checkpoints.steps():
+      template = stored_state(config, setup.state_shapes)
+      step, state, extra = self.checkpoints.restore(template)
+      self.scores = dict(extra.get("scores", {}))
+      self.skipped.load(extra.get("skipped", {}))
+      logging.info("resumed from step %d of %s", step, self.run.checkpoints)
+      return self.place(live_state(config, state)), step
+    state = setup.init_state()
+    if config.init_from:
+      state = initialise.from_weights(setup, state, self.run)
+    else:
+      logging.info("init_from is empty: random initialisation")
+    if jax.process_index() == 0:
+      shown = experiment.stored(config, setup.state_shapes["params"])
+      table = parameter_overview.get_parameter_overview(
+        shown, include_stats=False
+      )
+      logging.info("parameters\n%s", table)
+    return state, 0
+
+  def place(self, state: Any) -> experiment.State:
+    """Puts a restored state where the step expects it."""
+    shardings = jax.tree.map(
+      lambda leaf: leaf.sharding, self.setup.state_shapes
+    )
+    return jax.device_put(state, shardings)
+
+  def train(self, state: experiment.State, first: int) -> experiment.State:
+    """Steps `first`..total; returns the last state."""
+    setup, config = self.setup, self.config
+    began = time.perf_counter()
+    step_fn = setup.compile_step()
+    self.say_costs(step_fn, time.perf_counter() - began)
+    batches = pipeline.device_batches(
+      pipeline.train_batches(
+        config.data,
+        batch_size=config.batch_size,
+        seed=config.seed,
+        start_step=first,
+        process_index=jax.process_index(),
+        process_count=jax.process_count(),
+        skipped=self.skipped,
+      ),
+      parallel.batch_sharding(setup.mesh),
+      config.data.prefetch,
+    )
+    meter = Meter(setup, first)
+    save_every = self.interval(config.checkpoint, "checkpoint")
+    try:
+      for step in range(first + 1, setup.total_steps + 1):
+        batch, _ = next(batches)
+        state, metrics = step_fn(state, batch)
+        meter.add(step, metrics)
+        last = step == setup.total_steps
+        # ---- 2. order within a step: metrics, evaluation, checkpoint. A
+        # checkpoint then never holds a state that was not finite, and knows
+        # the scores that "best" compares.
+        saving = last or step % save_every == 0 or self.stopping(step)
+        if last or step % config.log_every == 0 or saving:
+          self.writer.scalars(step, meter.flush(step))
+        due = self.due_evaluations(step)
+        if due:
+          self.evaluate(state, step, due)
+          meter.pause()
+        if saving:
+          self.save(step, state)
+          meter.pause()
+        if self.interrupted:
+          self.leave(step)
+    finally:
+      batches.close()
+    return state
+
+  def interval(self, section: Any, what: str) -> int:
+    """Steps between two checkpoints or evaluations; 0 = only at the end."""
+    steps = int(section.get("every_steps", 0)) or round(
+      section.every_epochs * self.setup.steps_per_epoch
+    )
+    if steps < 0:
+      raise InputError(f"{what} interval {steps} is negative")
+    return steps or self.setup.total_steps
+
+  def due_evaluations(self, step: int) -> list[str]:
+    """Names of the evaluations of this step; all at the end."""
+    if step == self.setup.total_steps:
+      return list(self.evaluators)
+    sections = self.config.evals
+    return [
+      name
+      for name in self.evaluators
+      if step % self.interval(sections[name], f"evals.{name}") == 0
+    ]
+
+  def evaluate(self, state: Any, step: int, names: list[str]) -> None:
+    """Runs evaluations and records their scores."""
+    params = self.setup.eval_params(state)
+    for name in names:
+      values = self.evaluators[name].run(params, step)
+      scores = {f"{name}/{key}": float(v) for key, v in values.items()}
+      self.writer.scalars(step, scores)
+      logging.info("step %d %s", step, report.in_words(scores))
+      self.scores.update(scores)
+
+  def save(self, step: int, state: Any) -> None:
+    """Starts an asynchronous checkpoint."""
+    metrics = self.scores or None
+    best = self.config.checkpoint.best
+    if best and best not in self.scores:
+      metrics = None
+    self.checkpoints.save(
+      step,
+      stored_state(self.config, state),
+      metrics=metrics,
+      extra={"scores": self.scores, "skipped": self.skipped.dump()},
+    )
+
+  def finish(self, state: Any) -> None:
+    """Final scores, report, and the mark that the stage is done."""
+    total = self.setup.total_steps
+    if total not in self.checkpoints.steps():
+      self.save(total, state)
+    missing = [
+      name
+      for name in self.evaluators
+      if not any(key.startswith(f"{name}/") for key in self.scores)
+    ]
+    self.evaluate(state, total, missing)
+    self.checkpoints.wait()
+    if jax.process_index() == 0:
+      report.write(self.run, self.config, self.scores, self.skipped)
+      self.run.done.write_text(
+        json.dumps({"step": total, "scores": self.scores}, indent=2) + "\n"
+      )
+
+  def catch_signals(self) -> dict[int, Any]:
+    """SIGTERM and the first Ctrl-C save and exit; a second Ctrl-C exits."""
+
+    def note(number: int, frame: Any) -> None:
+      if self.interrupted:
+        raise KeyboardInterrupt
+      self.interrupted = True
+      name = signal.Signals(number).name
+      logging.info("%s: saving after this step, then exit", name)
+
+    try:
+      return {
+        number: signal.signal(number, note)
+        for number in (signal.SIGTERM, signal.SIGINT)
+      }
+    except ValueError:  # Not the main thread (a notebook's worker).
+      return {}
+
+  def stopping(self, step: int) -> bool:
+    """Whether to save and leave now; all processes agree on the step."""
+    if jax.process_count() == 1:
+      return self.interrupted
+    if step % self.config.log_every:
+      return False
+    from jax.experimental import multihost_utils
+
+    flags = multihost_utils.process_allgather(np.array(self.interrupted))
+    self.interrupted = bool(np.any(flags))
+    return self.interrupted
+
+  def leave(self, step: int) -> None:
+    """Ends the process after an interruption, the state being saved."""
+    if jax.process_count() > 1 and step % self.config.log_every:
+      return
+    self.checkpoints.wait()
+    logging.info("saved step %d; the same command goes on from there", step)
+    sys.exit(128 + signal.SIGTERM)
+
+  def say_costs(self, step_fn: Any, seconds: float) -> None:
+    """Compile time, FLOPs and memory of a step, before the first one."""
+    setup = self.setup
+    step = lambda state, batch: experiment.train_step(setup, state, batch)  # noqa: E731
+    self.flops = flops.count(step, setup.state_shapes, setup.batch_shapes)
+    logging.info(
+      "compiled the step in %.1f s: %.2f TFLOP of matrix products, %s; %d "
+      "steps of batch %d on %s",
+      seconds,
+      self.flops / 1e12,
+      memory.of_program(step_fn),
+      setup.total_steps,
+      self.config.batch_size,
+      dict(setup.mesh.shape),
+    )
+
+
+class Meter:
+  """Collects device metrics without waiting for them, and the speed."""
+
+  def __init__(self, setup: experiment.Experiment, first: int):
+    self.setup = setup
+    self.pending: list[tuple[int, Mapping[str, jax.Array]]] = []
+    self.first = self.last = first
+    self.began = time.perf_counter()
+    self.paused = 0.0
+
+  def add(self, step: int, metrics: Mapping[str, jax.Array]) -> None:
+    """Notes the metrics of a step; nothing is fetched."""
+    self.pending.append((step, metrics))
+
+  def pause(self) -> None:
+    """Leaves evaluation and saving out of the rate."""
+    self.began, self.last = time.perf_counter(), self.pending_step()
+
+  def pending_step(self) -> int:
+    """The last step that was added or flushed."""
+    return self.pending[-1][0] if self.pending else self.last
+
+  def flush(self, step: int) -> dict[str, float]:
+    """Means since the last flush, and the speed.
+
+    Raises:
+      FloatingPointError: a metric is not finite; names step and metric.
+    """
+    fetched = jax.device_get(self.pending)
+    self.pending = []
+    for at, metrics in fetched:
+      for name, value in metrics.items():
+        if not np.isfinite(value).all():
+          raise FloatingPointError(
+            f"{name} is {value} at step {at}; training stops. The last "
+            "checkpoint is finite; lower schedule.base_lr or set "
+            "optimizer.clip_norm."
+          )
+    means = {
+      name: float(np.mean([metrics[name] for _, metrics in fetched]))
+      for name in fetched[0][1]
+    }
+    seconds = max(time.perf_counter() - self.began, 1e-9)
+    rate = (step - self.last) / seconds
+    self.began, self.last = time.perf_counter(), step
+    batch = self.setup.config.batch_size
+    left = (self.setup.total_steps - step) / max(rate, 1e-9)
+    logging.info(
+      "step %d/%d %s | %.2f steps/s %.1f clips/s, %s left, %s",
+      step,
+      self.setup.total_steps,
+      report.in_words(means),
+      rate,
+      rate * batch,
+      report.duration(left),
+      memory.now(),
+    )
+    means["learning_rate"] = float(fetched[-1][1]["learning_rate"])
+    return {**means, "steps_per_s": rate, "clips_per_s": rate * batch}
+
+
+def stored_state(config: Any, state: Any) -> Any:
+  """The state under per-layer names, as checkpoints hold it."""
+  return experiment.stored(config, state)
+
+
+def live_state(config: Any, state: Any) -> Any:
+  """The inverse of stored_state."""
+  return experiment.live(config, state)

@@ -1,0 +1,101 @@
+"""Runs of test size on real (tiny) clips."""
+
+import importlib
+import json
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+from avjax import config as config_lib
+
+# Two clips per class to train on and one to test on.
+DEMO = {"clips_per_class": 2, "test_per_class": 1, "seed": 3}
+ROOT = pathlib.Path(__file__).parent.parent
+
+
+def stage(name, argument="demo", **overrides):
+  """One stage of configs/<name>.py at test size, ready for the trainer."""
+  config = importlib.import_module(f"configs.{name}").get_config(argument)
+  if config.stages:
+    config = config[config.stages[0]].copy_and_resolve_references()
+  return shrink(config, **overrides)
+
+
+def shrink(config, **overrides):
+  """Two steps on eight clips, evaluations on eight; the model as it is."""
+  config.total_steps, config.total_epochs = 2, 0.0
+  config.batch_size = 8
+  config.log_every = 1
+  config.mesh.data = 1
+  config.checkpoint.every_steps = 1
+  config.data.demo.update(DEMO)
+  for section in config.evals.values():
+    section.every_epochs, section.batch_size, section.limit = 0.0, 8, 8
+  for key, value in overrides.items():
+    place = config
+    *path, last = key.split("__")
+    for part in path:
+      place = place[part]
+    place[last] = value
+  return config
+
+
+def metrics(workdir):
+  """Lines of metrics.jsonl."""
+  lines = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+def losses(workdir):
+  """Step -> training loss."""
+  return {m["step"]: m["loss"] for m in metrics(workdir) if "loss" in m}
+
+
+def command(name, workdir, *flags, argument="demo", devices=1):
+  """The main program's argument list and environment at test size."""
+  args = [
+    sys.executable, "-m", "avjax.main",
+    f"--config=configs/{name}.py:{argument}", f"--workdir={workdir}",
+    "--config.total_epochs=0.0", "--config.batch_size=8",
+    "--config.log_every=1", "--config.checkpoint.every_steps=1",
+    "--config.mesh.data=-1",
+    *(f"--config.data.demo.{k}={v}" for k, v in DEMO.items()), *flags,
+  ]  # fmt: skip
+  count = f"--xla_force_host_platform_device_count={devices}"
+  return args, {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": count}
+
+
+def run(name, workdir, *flags, **options):
+  """Runs the main program; returns the finished process with its output."""
+  args, env = command(name, workdir, *flags, **options)
+  return subprocess.run(
+    args, env=env, cwd=ROOT, capture_output=True, text=True, timeout=300
+  )
+
+
+def start(name, workdir, *flags, **options):
+  """Starts the main program; its output goes to workdir/log.txt."""
+  args, env = command(name, workdir, *flags, **options)
+  pathlib.Path(workdir).mkdir(parents=True, exist_ok=True)
+  with (pathlib.Path(workdir) / "log.txt").open("w") as log:
+    return subprocess.Popen(args, env=env, cwd=ROOT, stdout=log, stderr=log)
+
+
+def stop_at(process, workdir, step, number=signal.SIGTERM, timeout=240):
+  """Sends a signal once metrics of `step` are written; the exit status."""
+  until = time.time() + timeout
+  while time.time() < until and process.poll() is None:
+    path = pathlib.Path(workdir) / "metrics.jsonl"
+    if path.exists() and f'"step": {step},' in path.read_text():
+      process.send_signal(number)
+      break
+    time.sleep(0.02)
+  return process.wait(timeout=60)
+
+
+def plain(config):
+  """A resolved, locked config as the trainer gets it."""
+  return config_lib.from_plain(config_lib.plain(config))
