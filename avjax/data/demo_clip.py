@@ -9,7 +9,7 @@ import av
 import numpy as np
 from jaxtyping import Int16, UInt8
 
-from avjax.data import demo_scene, demo_sound, demo_text
+from avjax.data import demo_draw, demo_scene, demo_sound, demo_text
 from avjax.errors import lookup
 
 # Of drawings and sounds: clips of another version are not kept.
@@ -157,6 +157,9 @@ def clip_id(split: str, number: int) -> str:
   return f"{'-' if number % 48 == 7 else ''}{split}_{number:05d}"
 
 
+# Decibels by which a sound is quieter than the main one, least and most.
+BELOW = {"main": (0, 0), "beside": (3, 8), "unseen": (6, 12)}
+
 # --- The plan of a clip.
 
 
@@ -186,7 +189,7 @@ def _sound(rng: np.random.Generator, name: str, gain: float):
 def _colour(rng: np.random.Generator, name: str) -> str:
   """Mostly one of the class's usual colours."""
   usual = KINDS[name].colours
-  every = tuple(demo_scene.demo_draw.COLOURS)
+  every = tuple(demo_draw.COLOURS)
   return str(rng.choice(usual if rng.random() < 0.6 else every))
 
 
@@ -218,7 +221,10 @@ def _others(rng: np.random.Generator, name: str) -> dict[str, str]:
 
 
 def _place(rng: np.random.Generator, count: int) -> list[tuple]:
-  """(x, y, half size) in pixels of the main object and `count` others."""
+  """(x, y, half size) in pixels of the main object and `count` others.
+
+  A half size of 0 is still to be drawn: it depends on whether it sounds.
+  """
   size = demo_scene.SIZE
   if not count:
     half = rng.uniform(24, 36)
@@ -234,6 +240,30 @@ def _place(rng: np.random.Generator, count: int) -> list[tuple]:
   return places
 
 
+def _actor(rng, name: str, place: tuple, sound) -> demo_scene.Actor:
+  """An object at (x, y, half size); it moves if it sounds."""
+  x, y, half = place
+  half = half or rng.uniform(*((12, 16) if sound else (9, 13)))
+  still = demo_scene.Actor(
+    name,
+    KINDS[name].look,
+    _colour(rng, name),
+    x=float(x),
+    y=float(y),
+    half=float(half),
+    mirrored=bool(rng.random() < 0.5),
+  )
+  if sound is None:
+    return still
+  return dataclasses.replace(
+    still,
+    verb=str(rng.choice(KINDS[name].verbs)),
+    onsets=sound.onsets,
+    start=sound.start,
+    end=sound.end,
+  )
+
+
 def plan_clip(split: str, number: int, seed: int) -> Clip:
   """Draws clip `number` of a split; its class is CLASSES[number % 24].
 
@@ -242,34 +272,20 @@ def plan_clip(split: str, number: int, seed: int) -> Clip:
   """
   lookup(dict.fromkeys(SPLITS), split, "split of av_demo")
   rng = _rng(seed, split, number, 0)
-  name = CLASSES[number % len(CLASSES)]
-  roles = {name: "main", **_others(rng, name)}
-  seen = [n for n, role in roles.items() if role != "unseen"]
+  label = CLASSES[number % len(CLASSES)]
+  roles = {label: "main", **_others(rng, label)}
+  seen = [name for name, role in roles.items() if role != "unseen"]
   places = dict(zip(seen, _place(rng, len(seen) - 1), strict=True))
-  main_gain = rng.uniform(-4, 2)
-  below = {"main": (0, 0), "beside": (3, 8), "unseen": (6, 12)}
+  gain = rng.uniform(-4, 2)
   actors, heard = [], []
-  for n, role in roles.items():
+  for name, role in roles.items():
     sound = None
-    if role != "silent":
-      sound = _sound(rng, n, main_gain - rng.uniform(*below[role]))
-      heard.append(Heard(n, role != "unseen", sound))
-    if role != "unseen":
-      x, y, half = places[n]
-      half = half or rng.uniform(*((12, 16) if sound else (9, 13)))
-      actor = demo_scene.Actor(
-        n, KINDS[n].look, _colour(rng, n), float(x), float(y), float(half),
-        bool(rng.random() < 0.5),
-      )  # fmt: skip
-      if sound:
-        actor = dataclasses.replace(
-          actor, verb=str(rng.choice(KINDS[n].verbs)), onsets=sound.onsets,
-          start=sound.start, end=sound.end,
-        )  # fmt: skip
-      actors.append(actor)
-  noise = (
-    str(rng.choice(list(demo_sound.NOISES))) if rng.random() < 0.75 else ""
-  )
+    if role in BELOW:
+      sound = _sound(rng, name, gain - rng.uniform(*BELOW[role]))
+      heard.append(Heard(name, name in places, sound))
+    if name in places:
+      actors.append(_actor(rng, name, places[name], sound))
+  noisy = rng.random() < 0.75
   return Clip(
     id=clip_id(split, number),
     split=split,
@@ -278,8 +294,8 @@ def plan_clip(split: str, number: int, seed: int) -> Clip:
     verb=actors[0].verb,
     actors=tuple(actors),
     heard=tuple(heard),
+    noise=str(rng.choice(list(demo_sound.NOISES))) if noisy else "",
     ground=str(rng.choice(list(demo_scene.BACKGROUNDS))),
-    noise=noise,
     snr=float(rng.uniform(0, 22)),
   )
 

@@ -190,21 +190,16 @@ def _bricks(rng):
   x, y = _grid()
   height = rng.uniform(9, 15)
   row = np.floor(y / height)
-  across = (x / (2.2 * height) + 0.5 * (row % 2)) % 1
-  mortar = (across < 0.08) | (y / height % 1 < 0.16)
-  tone = (
-    np.sin(row * 12.9 + np.floor(x / (2.2 * height) + 0.5 * (row % 2)) * 78)
-  ) % 1
+  across = x / (2.2 * height) + 0.5 * (row % 2)
+  mortar = (across % 1 < 0.08) | (y / height % 1 < 0.16)
+  tone = np.sin(12.9 * row + 78 * np.floor(across)) % 1
   return np.where(mortar, 1.0, 0.5 * tone)
 
 
 def _dots(rng):
   x, y = _grid()
-  period = rng.uniform(10, 20)
-  return _wave(
-    0.12
-    + 0.11 * (np.sin(2 * np.pi * x / period) + np.sin(2 * np.pi * y / period))
-  )
+  turn = 2 * np.pi / rng.uniform(10, 20)
+  return _wave(0.12 + 0.11 * (np.sin(turn * x) + np.sin(turn * y)))
 
 
 def _clouds(rng):

@@ -113,7 +113,7 @@ def _string(rng: np.random.Generator, hertz: float, length: int, damp: float):
 def plucked(rng, onsets, length):
   """Strummed strings: a chord of three Karplus-Strong strings an onset."""
   out = np.zeros(length)
-  roots = _tune(rng, 98, 196, len(onsets))
+  roots = _tune(rng, 98.0, 196.0, len(onsets))
   for (start, end), root in zip(_spans(onsets, length), roots, strict=True):
     for k, ratio in enumerate((1.0, 1.5, 2.52)):
       begin = start + int(0.012 * k * RATE)
@@ -127,14 +127,14 @@ def bowed(rng, onsets, length):
   """Sawtooth with vibrato through the resonances of a wooden body."""
   t, since = _seconds(length), _since(onsets, length)
   hertz = np.empty(length)
-  notes = _tune(rng, 262, 440, len(onsets))
+  notes = _tune(rng, 262.0, 440.0, len(onsets))
   hertz[:] = notes[0]
   for (start, end), note in zip(_spans(onsets, length), notes, strict=True):
     hertz[start:end] = note
   vibrato = 1 + 0.008 * np.sin(2 * np.pi * rng.uniform(5, 6.5) * t)
   saw = _harmonics(hertz * vibrato, [1 / k for k in range(1, 15)])
   saw += 0.08 * rng.standard_normal(length)
-  tone = 0.5 * saw + _resonances(saw, (480, 1150, 2700), 250)
+  tone = 0.5 * saw + _resonances(saw, (480.0, 1150.0, 2700.0), 250.0)
   return tone * np.minimum(0.25 + since / 0.08, 1.0)
 
 
@@ -142,13 +142,13 @@ def pipe(rng, onsets, length):
   """A blown pipe: few harmonics, breath noise, tremolo, soft onsets."""
   t, since = _seconds(length), _since(onsets, length)
   out = np.empty(length)
-  notes = _tune(rng, 392, 740, len(onsets))
+  notes = _tune(rng, 392.0, 740.0, len(onsets))
   out[:] = notes[0]
   for (start, end), note in zip(_spans(onsets, length), notes, strict=True):
     out[start:end] = note
   tremolo = 1 + 0.2 * np.sin(2 * np.pi * rng.uniform(4, 6) * t)
   tone = _harmonics(out, (1.0, 0.25, 0.12, 0.03)) * tremolo
-  breath = _band(rng.standard_normal(length), 700, 3000)
+  breath = _band(rng.standard_normal(length), 700.0, 3000.0)
   return (tone + 0.12 * breath) * np.minimum(since / 0.06, 1.0)
 
 
@@ -168,7 +168,7 @@ def snare(rng, onsets, length):
   """Two membrane modes and the rattle of the wires."""
   since = _since(onsets, length)
   hertz = rng.uniform(170, 240)
-  wires = _band(rng.standard_normal(length), 1200, 7000)
+  wires = _band(rng.standard_normal(length), 1200.0, 7000.0)
   tone = np.sin(2 * np.pi * hertz * since)
   tone += 0.6 * np.sin(2 * np.pi * 1.6 * hertz * since)
   hit = since < np.where(_seconds(length) >= onsets[0], np.inf, 0)
@@ -213,7 +213,7 @@ def bark(rng, onsets, length):
     burst = _harmonics(hertz, [0.85**k for k in range(14)])
     burst += 1.1 * rng.standard_normal(n)
     out[start : start + n] = burst * np.sin(np.pi * u**0.5) ** 0.6
-  return _resonances(out, (750, 1500, 2600), 350)
+  return _resonances(out, (750.0, 1500.0, 2600.0), 350.0)
 
 
 def howl(rng, onsets, length):
@@ -258,7 +258,7 @@ def engine(rng, onsets, length):
   tone = _harmonics(revs * (1 + 0.03 * jitter), [0.9**k for k in range(26)])
   tone *= 1 + 0.5 * _harmonics(revs / 4, (1.0,))
   tone += 0.25 * rng.standard_normal(length)
-  return _band(np.tanh(tone), 0, 900) * (0.6 + 0.4 * revs / idle)
+  return _band(np.tanh(tone), 0.0, 900.0) * (0.6 + 0.4 * revs / idle)
 
 
 def siren(rng, onsets, length):
@@ -292,7 +292,7 @@ def tick(rng, onsets, length):
   pitch = rng.uniform(1500, 2100)
   out = np.zeros(length)
   for strike, f in zip(strikes, (pitch, 1.35 * pitch), strict=True):
-    out += _resonances(strike, (f, 2.3 * f), 220)
+    out += _resonances(strike, (f, 2.3 * f), 220.0)
   return out
 
 
@@ -311,7 +311,7 @@ def motor(rng, onsets, length):
   since = _since(onsets, length)
   hertz = rng.uniform(170, 300) * (1 - 0.25 * _attack_decay(since, 0.08, 0.2))
   whine = _harmonics(hertz, [1.0 if k % 6 == 5 else 0.25 for k in range(24)])
-  brush = _band(rng.standard_normal(length), 2500, 6500)
+  brush = _band(rng.standard_normal(length), 2500.0, 6500.0)
   buzz = 1 + 0.6 * _harmonics(hertz / 2, (1.0,))
   return whine + 0.5 * brush * buzz
 
@@ -324,8 +324,8 @@ def thud(rng, onsets, length):
   strikes = np.zeros(length)
   strikes[[start for start, _ in _spans(onsets, length)]] = 1.0
   low = rng.uniform(210, 330)
-  body = _resonances(strikes, (low, 2.1 * low), 14)
-  slap = _resonances(strikes, (700, 1100), 250)
+  body = _resonances(strikes, (low, 2.1 * low), 14.0)
+  slap = _resonances(strikes, (700.0, 1100.0), 250.0)
   return body + 0.25 * slap
 
 
@@ -346,7 +346,7 @@ def gust(rng, onsets, length):
   """Broad noise that swells to each onset and sweeps in pitch."""
   swell = 0.5 + 0.5 * np.cos(2 * np.pi * _cycle(onsets, length))
   noise = rng.standard_normal(length)
-  low, high = _band(noise, 150, 700), _band(noise, 900, 3800)
+  low, high = _band(noise, 150.0, 700.0), _band(noise, 900.0, 3800.0)
   return 0.08 * low + swell**1.5 * (0.7 * low + high)
 
 
@@ -399,12 +399,12 @@ def pink(rng, length):
 
 def rumble(rng, length):
   """Traffic far away: noise below 250 Hz."""
-  return _band(rng.standard_normal(length), 0, 250)
+  return _band(rng.standard_normal(length), 0.0, 250.0)
 
 
 def hum(rng, length):
   """Mains hum: 50 Hz and its odd harmonics, and a little noise."""
-  tone = _harmonics(np.full(length, 50.0), (1, 0.1, 0.7, 0.1, 0.5, 0, 0.3))
+  tone = _harmonics(np.full(length, 50.0), (1.0, 0.1, 0.7, 0.1, 0.5, 0.0, 0.3))
   return tone + 0.2 * rng.standard_normal(length)
 
 

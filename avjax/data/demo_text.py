@@ -68,18 +68,13 @@ def _when(start: float, end: float, seconds: float) -> str:
 
 def _also(rng, beside: list[str], unseen: list[str], silent: list[str], loud):
   """The rest of the scene: other sounds, still objects, noise."""
-  parts = []
-  for name in beside:
-    parts.append(
-      f"beside {with_article(name)} that {rng.choice(SOUNDS[name][:2])}"
-    )
-  for name in unseen:
-    parts.append(
-      f"while {with_article(name)} {rng.choice(SOUNDS[name][:2])} out of sight"
-    )
-  for name in silent:
-    if rng.random() < 0.5:
-      parts.append(f"near a silent {name}")
+
+  def heard(name):
+    return rng.choice(SOUNDS[name][:2])
+
+  parts = [f"beside {with_article(n)} that {heard(n)}" for n in beside]
+  parts += [f"while {with_article(n)} {heard(n)} out of sight" for n in unseen]
+  parts += [f"near a silent {n}" for n in silent if rng.random() < 0.5]
   if loud and rng.random() < 0.7:
     parts.append("in a noisy place")
   return "".join(", " + part for part in parts)
