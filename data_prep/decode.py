@@ -27,9 +27,6 @@ import simplejpeg
 from avjax.data import media
 from avjax.errors import InputError
 
-VIDEO_RATE = 12.5  # frames/s of the variant `video`
-SPREAD = 10  # frames of the variant `frames10`
-
 
 @dataclasses.dataclass(frozen=True)
 class Task:
@@ -67,7 +64,7 @@ class Encoded:
   problem: str
   message: str
   frames: tuple[bytes, ...] = ()
-  frame_rate: float = VIDEO_RATE
+  frame_rate: float = media.VIDEO_RATE
   waveform: Any = None
   seconds: float = 0.0
   height: int = 0
@@ -86,7 +83,6 @@ def encode(task: Task) -> Encoded:
       task.path,
       start=task.start,
       end=task.end,
-      frame_rate=VIDEO_RATE,
       short_side=task.short_side,
       audio_rate=task.audio_rate,
     )
@@ -94,13 +90,8 @@ def encode(task: Task) -> Encoded:
     return Encoded(error.reason, str(error))
   except InputError as error:
     return Encoded("corrupt", str(error))
-  pictures, rate = [], VIDEO_RATE
-  if clip.frames is not None:
-    pictures = list(clip.frames)
-  if task.variant == "frames10" and pictures:
-    # The public CAV-MAE code's choice: the frames at i/10 of the clip.
-    rate = VIDEO_RATE * SPREAD / len(pictures)
-    pictures = [pictures[i * len(pictures) // SPREAD] for i in range(SPREAD)]
+  pictures = [] if clip.frames is None else list(clip.frames)
+  pictures, rate = media.spread(pictures, task.variant)
   jpeg = functools.partial(
     simplejpeg.encode_jpeg,
     quality=task.quality,

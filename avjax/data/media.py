@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import math
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import av
@@ -17,6 +17,11 @@ import numpy as np
 from jaxtyping import Float, Int16, UInt8
 
 from avjax.errors import InputError
+
+# How data sets are stored: frames/s of the variant `video`, and the number of
+# frames of `frames10`.
+VIDEO_RATE = 12.5
+SPREAD = 10
 
 # Sound whose time stamps are off by less than this is taken as continuous:
 # containers round them, and decoders count their own priming differently.
@@ -80,7 +85,7 @@ def read_clip(
   *,
   start: float = 0.0,
   end: float | None = None,
-  frame_rate: float = 12.5,
+  frame_rate: float = VIDEO_RATE,
   short_side: int = 256,
   audio_rate: int = 16_000,
   tracks: str = "av",
@@ -434,3 +439,15 @@ def _clip(part: _Part, readers: list[Any], notes: tuple[str, ...]) -> Clip:
     seconds=seconds,
     notes=notes,
   )
+
+
+def spread(frames: Sequence[Any], variant: str) -> tuple[list[Any], float]:
+  """Frames at 12.5 a second -> those that a variant keeps, and their rate.
+
+  `frames10` keeps those at i/10 of the clip, as the public CAV-MAE code does.
+  """
+  count = len(frames)
+  if variant != "frames10" or not count:
+    return list(frames), VIDEO_RATE
+  chosen = [frames[i * count // SPREAD] for i in range(SPREAD)]
+  return chosen, VIDEO_RATE * SPREAD / count

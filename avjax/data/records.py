@@ -1,0 +1,195 @@
+"""Built data sets on disk: their splits, class names and records.
+
+A record is a `tf.train.Example` as TFDS writes it. Only the fields that are
+asked for are taken from it, without copying: a clip holds over a hundred JPEG
+files of which a training step wants sixteen, and parsing the rest costs more
+than decoding one. `tfds.builder_from_directory` reads the same files.
+"""
+
+import functools
+import pathlib
+import threading
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+
+from avjax.data.datasets import built_dir
+from avjax.errors import InputError, lookup
+
+_RAW = tfds.decode.DeserializeMethod.RAW_BYTES
+
+
+class Record:
+  """One stored clip; the fields are those of `data_prep/builder.py`.
+
+  Raises:
+    ValueError: the bytes are not a record.
+  """
+
+  def __init__(self, data: bytes):
+    self._data = memoryview(data)
+    self._lists: dict[str, tuple[int, int, int]] = {}
+    try:
+      self._find_lists()
+    except IndexError as error:
+      raise ValueError("a record ends too early") from error
+
+  def _find_lists(self) -> None:
+    """Notes where each feature's values lie: field numbers 1, 2, 3 of
+    tf.train.Feature are lists of bytes, floats and integers."""
+    for _, start, stop in _fields(self._data, 0, len(self._data)):
+      for _, start_, stop_ in _fields(self._data, start, stop):
+        entry = list(_fields(self._data, start_, stop_))
+        if len(entry) == 2:
+          (_, *key), (_, *value) = entry
+          name = str(self._data[slice(*key)], "utf-8")
+          for field in _fields(self._data, *value):
+            self._lists[name] = field
+
+  def _values(self, name: str, kind: int) -> Iterator[tuple[int, int, int]]:
+    found, start, stop = self._lists.get(name, (kind, 0, 0))
+    if found != kind:
+      raise ValueError(f"field {name!r} of a record has another type")
+    return _fields(self._data, start, stop)
+
+  def blobs(self, name: str) -> list[memoryview]:
+    """Byte strings, not copied; empty if the field is missing."""
+    return [self._data[a:b] for _, a, b in self._values(name, 1)]
+
+  def text(self, name: str) -> str:
+    """A single text."""
+    return str(self.blobs(name)[0], "utf-8")
+
+  def floats(self, name: str) -> np.ndarray:
+    """Float32 values."""
+    parts = [self._data[a:b] for _, a, b in self._values(name, 2)]
+    return np.frombuffer(b"".join(parts), np.float32)
+
+  def integers(self, name: str) -> list[int]:
+    """Integers (signed 64 bits)."""
+    numbers = []
+    for _, start, stop in self._values(name, 3):
+      while start < stop:
+        number, start = _varint(self._data, start)
+        numbers.append(number - (1 << 64) if number >> 63 else number)
+    return numbers
+
+
+def _varint(data: memoryview, at: int) -> tuple[int, int]:
+  """A protocol-buffer integer and the position after it."""
+  byte = data[at]
+  if byte < 128:
+    return byte, at + 1
+  number, shift = byte & 127, 7
+  while True:
+    at += 1
+    byte = data[at]
+    number |= (byte & 127) << shift
+    if byte < 128:
+      return number, at + 1
+    shift += 7
+
+
+def _fields(
+  data: memoryview, at: int, end: int
+) -> Iterator[tuple[int, int, int]]:
+  """(field number, start, stop) of each field with a length.
+
+  An integer that is not packed is given as its own bytes.
+  """
+  while at < end:
+    tag, at = _varint(data, at)
+    if tag & 7 == 2:
+      length, at = _varint(data, at)
+      stop = at + length
+    elif tag & 7 == 0:
+      stop = _varint(data, at)[1]
+    else:
+      stop = at + {1: 8, 5: 4}.get(tag & 7, len(data))
+    if stop > end:
+      raise ValueError("a field of a record is longer than the record")
+    yield tag >> 3, at, stop
+    at = stop
+
+
+class Split:
+  """Records of one split in their stored order; may go to other processes.
+
+  Args:
+    data: `config.data`.
+    split: a split of the built data set.
+    limit: first clips only; 0 = all.
+
+  Raises:
+    InputError: the data set is not built or has no such split.
+  """
+
+  def __init__(self, data: Any, split: str, limit: int = 0):
+    self.folder, self.name = built_dir(data), split
+    info = tfds.builder_from_directory(self.folder).info
+    stored = lookup(
+      dict(info.splits), split, f"split of {self.folder}"
+    ).num_examples
+    self._count = min(limit, stored) if limit else stored
+    self.metadata = dict(info.metadata or {})
+    self._open()
+
+  def _open(self) -> None:
+    self._source: Any = None
+    self._lock = threading.Lock()
+
+  def __getstate__(self) -> dict[str, Any]:
+    return {
+      k: v for k, v in self.__dict__.items() if k not in ("_source", "_lock")
+    }
+
+  def __setstate__(self, state: dict[str, Any]) -> None:
+    self.__dict__.update(state)
+    self._open()
+
+  def __len__(self) -> int:
+    return self._count
+
+  def __getitem__(self, number: int) -> Record:
+    if self._source is None:
+      with self._lock:
+        if self._source is None:
+          builder = tfds.builder_from_directory(self.folder)
+          self._source = builder.as_data_source(
+            self.name, deserialize_method=_RAW
+          )
+    return Record(self._source[int(number)])
+
+  @functools.cached_property
+  def index(self) -> dict[str, np.ndarray]:
+    """Ids, labels and lengths of all clips; see `data_prep/builder.py`."""
+    path = self.folder / f"index_{self.name}.npz"
+    if not path.exists():
+      raise InputError(f"{path} is missing; build the data set again")
+    with np.load(path) as arrays:
+      return dict(arrays)
+
+  def label_weights(self) -> np.ndarray:
+    """float64 [clips]: sum over a clip's labels of 1 / clips with the label.
+
+    The weights of the public AudioSet recipes (PSLA, AST, CAV-MAE), which
+    scale them by 1000.
+    """
+    ends = self.index["label_ends"][: self._count]
+    labels = self.index["label"][: ends[-1]]
+    counts = np.bincount(labels)
+    sums = np.concatenate([[0.0], np.cumsum(1.0 / counts[labels])])
+    return np.diff(sums[np.concatenate([[0], ends])])
+
+
+def class_names(data: Any, head: str = "label") -> Sequence[str]:
+  """Names of a head's classes, in the order of their numbers.
+
+  Raises:
+    InputError: the data set is not built, or has no such head.
+  """
+  folder: pathlib.Path = built_dir(data)
+  metadata = tfds.builder_from_directory(folder).info.metadata or {}
+  return lookup(metadata.get("classes", {}), head, f"head of {folder}")
