@@ -1,6 +1,7 @@
 """MBT against the public implementation, and what it promises beyond it."""
 
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from avjax import trees
 from avjax.config import base_config
 from avjax.errors import InputError
 from avjax.methods import mbt
+from avjax.nn import heads
 from avjax.weights import scenic
 from tests import golden
 
@@ -38,11 +40,11 @@ VARIANTS = {
 }
 
 
-def make(heads=("label",), multilabel=False, **model):
+def make(names=("label",), multilabel=False, **model):
   """A method of the golden file's size, without regularisation."""
   config = base_config()
   config.method = "mbt"
-  config.data.heads, config.data.multilabel = heads, multilabel
+  config.data.heads, config.data.multilabel = names, multilabel
   plain = {"classes": {"label": 7}, "label_smoothing": 0.0, "drop_path": 0.0}
   config.model = mbt.default_model(**{**TINY, **plain, **model})
   return mbt.MBT(config)
@@ -67,9 +69,29 @@ def house(tag, **recipe):
   return scenic.to_house(golden.reference_params(FILE, tag, **recipe))
 
 
-def step(method, params, batch, **more):
-  rng = jax.random.key(0)
-  return method.loss(params, batch, rng, jnp.zeros((), jnp.int32), **more)
+# Compiling takes longer than running here.
+quick_jit = functools.partial(
+  jax.jit, compiler_options={"xla_backend_optimization_level": 0}
+)
+
+
+def loss_of(method, params, batch, keep=None):
+  """Loss and aux of one training step."""
+  rng, count = jax.random.key(0), jnp.zeros((), jnp.int32)
+  return method.loss(params, batch, rng, count, keep)
+
+
+def step(method, params, batch, keep=None):
+  """`loss_of`, compiled."""
+  args = (params, batch, keep)
+  return quick_jit(lambda *args: loss_of(method, *args))(*args)
+
+
+def predict(method, params, batch, mode="av"):
+  """`method.predict`, compiled."""
+  return quick_jit(lambda *args: method.predict(*args, mode=mode))(
+    params, batch
+  )
 
 
 def logits(aux, m):
@@ -83,10 +105,10 @@ def logits(aux, m):
 def test_forward_equals_the_public_code(name):
   method, params = make(**VARIANTS[name]), house(f"mbt/{name}")
 
-  @jax.jit
+  @quick_jit
   def everything(params, batch):
     encoded = method.encode(params, batch)
-    _, aux = step(method, params, batch)
+    _, aux = loss_of(method, params, batch)
     return encoded, aux, method.predict(params, batch)["label"]
 
   encoded, aux, predicted = everything(params, inputs())
@@ -110,7 +132,7 @@ def test_forward_equals_the_public_code(name):
 def test_scanned_layers_give_the_same(name):
   params = house(f"mbt/{name}")
   method = make(scan=True, remat="dots", **VARIANTS[name])
-  predicted = jax.jit(method.predict)(params, inputs())["label"]
+  predicted = predict(method, params, inputs())["label"]
   np.testing.assert_allclose(
     predicted, FILE[f"mbt/{name}/eval_logits"], **golden.FORWARD
   )
@@ -144,17 +166,26 @@ def test_stochastic_depth_is_drawn_by_the_ramp():
 # --- Losses and gradients ----------------------------------------------------
 
 
-@pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("mix", ["", "_mixed"])
-@pytest.mark.parametrize("smoothing", [0, 0.3])
-def test_losses(kind, mix, smoothing):
-  multilabel = kind == "sigmoid"
-  method = make(multilabel=multilabel, label_smoothing=float(smoothing))
-  more = {"label": GIVEN["multi"]} if multilabel else {}
-  batch = (mixed if mix else inputs)(**more)
-  loss, _ = step(method, house("mbt/bottleneck"), batch)
-  stored = FILE[f"mbt/bottleneck/loss_{kind}{mix}_s{smoothing}"]
-  np.testing.assert_allclose(loss, stored, **golden.LOSS)
+def test_losses():
+  kinds = itertools.product(("softmax", "sigmoid"), ("", "_mixed"), (0, 0.3))
+
+  @quick_jit
+  def compute(params):
+    found = {}
+    for kind, mix, smoothing in kinds:
+      multilabel = kind == "sigmoid"
+      method = make(multilabel=multilabel, label_smoothing=float(smoothing))
+      more = {"label": GIVEN["multi"]} if multilabel else {}
+      batch = (mixed if mix else inputs)(**more)
+      loss, _ = loss_of(method, params, batch)
+      found[f"loss_{kind}{mix}_s{smoothing}"] = loss
+    return found
+
+  found = compute(house("mbt/bottleneck"))
+  assert len(found) == 8
+  for name, loss in found.items():
+    stored = FILE[f"mbt/bottleneck/{name}"]
+    np.testing.assert_allclose(loss, stored, **golden.LOSS)
 
 
 def test_losses_by_modality_and_with_padding():
@@ -172,7 +203,7 @@ def test_losses_by_modality_and_with_padding():
   np.testing.assert_allclose(
     loss, FILE[stored("batch_mask_last0")], **golden.LOSS
   )
-  predicted = method.predict(params, inputs())["label"]
+  predicted = predict(method, params, inputs())["label"]
   loss = optax.softmax_cross_entropy(predicted, inputs()["label"]).mean()
   np.testing.assert_allclose(loss, FILE[stored("eval")], **golden.LOSS)
 
@@ -180,7 +211,7 @@ def test_losses_by_modality_and_with_padding():
 @pytest.mark.parametrize("name", ["bottleneck", "only_rgb"])
 def test_gradients(name):
   method = make(label_smoothing=0.3, **VARIANTS[name])
-  grad = jax.jit(jax.value_and_grad(lambda p: step(method, p, mixed())[0]))
+  grad = quick_jit(jax.value_and_grad(lambda p: loss_of(method, p, mixed())[0]))
   loss, grads = grad(house(f"mbt/{name}"))
   np.testing.assert_allclose(loss, FILE[f"mbt/{name}/grad_loss"], **golden.LOSS)
   theirs = scenic.to_reference(grads, "mbt", heads=4)
@@ -198,7 +229,7 @@ def test_five_steps_of_sgd_with_layer_decay():
   )
   trace = optax.trace(0.9)
   clip = optax.clip_by_global_norm(1.0)
-  grad = jax.jit(jax.value_and_grad(lambda p: step(method, p, mixed())[0]))
+  grad = quick_jit(jax.value_and_grad(lambda p: loss_of(method, p, mixed())[0]))
   state, found, norms = trace.init(params), [], []
   for _ in range(5):
     loss, grads = grad(params)
@@ -292,7 +323,7 @@ def test_two_heads_of_epic_kitchens(smoothing):
       FILE[f"{tag}_only_{theirs}"],
       **golden.LOSS,
     )
-  scores = method.predict(params, batch)
+  scores = predict(method, params, batch)
   together = np.concatenate([scores["noun"], scores["verb"]], axis=1)
   np.testing.assert_allclose(
     together, FILE["mbt/multihead/eval_logits"], **golden.FORWARD
@@ -307,13 +338,13 @@ def test_two_heads_of_epic_kitchens(smoothing):
 
 def test_segments_pool_time_steps_by_overlap():
   # 8 frames in steps of 3 (the last two frames lie in no step), 4 segments.
-  weights = mbt.time_weights(2, 3, 8, 3)
+  weights = heads.segment_weights(2, 3, span=3, length=8)
   third = 8 / 3
   expected = [[1, 0], [3 - third, 2 * third - 3], [0, 1]]
   expected = [np.array(row) / np.sum(row) for row in expected]
   np.testing.assert_allclose(weights, expected, rtol=1e-6)
   with pytest.raises(InputError, match="one of 4 segments of 8 frames"):
-    mbt.time_weights(2, 3, 8, 4)
+    heads.segment_weights(2, 4, span=3, length=8)
 
 
 def test_segment_head_has_logits_per_second():
@@ -321,9 +352,9 @@ def test_segment_head_has_logits_per_second():
   params = house("mbt/bottleneck")
   label = np.eye(7, dtype=np.float32)[[[0, 1], [2, 3]]]
   batch = mixed(**{"label/segment": label})
-  found = method.predict(params, batch)["segment"]
+  found = predict(method, params, batch)["segment"]
   assert found.shape == (2, 2, 7)
-  tokens = method.encode(params, batch)["tokens"]
+  tokens = quick_jit(method.encode)(params, batch)["tokens"]
   # Video has two steps of 4 tokens; audio five of 2, the third in both.
   video = np.reshape(tokens["video"], (2, 2, 4, 32)).mean(2)
   audio = np.reshape(tokens["audio"], (2, 5, 2, 32)).mean(2)
@@ -343,6 +374,7 @@ def test_segment_head_has_logits_per_second():
 
 # --- Missing modalities ------------------------------------------------------
 
+SHALLOW = {"depth": 2, "fusion_layer": 1, "fusion_layers": 1}
 MISSING = {
   "mbt": {},
   "shared blocks": {"share_encoder": True},
@@ -356,17 +388,17 @@ MISSING = {
 
 @pytest.mark.parametrize("name", MISSING)
 def test_example_without_a_modality_is_as_if_there_were_one(name):
-  method = make(**MISSING[name])
+  method = make(**SHALLOW, **MISSING[name])
   params = random_params(method)
-  predict = jax.jit(method.predict, static_argnames="mode")
+  run = quick_jit(method.predict, static_argnames="mode")
   batch = inputs(has_audio=np.array([False, True]))
-  plain = {m: predict(params, inputs(), mode=m)["label"] for m in ("av", "v")}
-  both = predict(params, batch)["label"]
+  plain = {m: run(params, inputs(), mode=m)["label"] for m in ("av", "v")}
+  both = run(params, batch)["label"]
   np.testing.assert_allclose(both[0], plain["v"][0], atol=1e-6)
   np.testing.assert_allclose(both[1], plain["av"][1], atol=1e-6)
-  # Whatever stands in its place, even what is not a number.
+  # Whatever stands in its place.
   spoiled = batch["fbank"].at[0].set(123.0)
-  again = predict(params, {**batch, "fbank": spoiled})["label"]
+  again = run(params, {**batch, "fbank": spoiled})["label"]
   np.testing.assert_array_equal(both, again)
   loss, aux = step(method, params, batch)
   seen = optax.softmax_cross_entropy(
@@ -383,8 +415,8 @@ def test_mode_of_one_modality_needs_that_input_alone():
   batch = inputs()
   alone = {k: v for k, v in batch.items() if k != "frames"}
   np.testing.assert_array_equal(
-    method.predict(params, alone, mode="a")["label"],
-    method.predict(params, batch, mode="a")["label"],
+    predict(method, params, alone, "a")["label"],
+    predict(method, params, batch, "a")["label"],
   )
   with pytest.raises(InputError, match="no 'frames' for the video stream"):
     method.predict(params, alone)
@@ -394,7 +426,8 @@ def test_mode_of_one_modality_needs_that_input_alone():
 
 def test_embedding_is_the_mean_of_the_tokens():
   method, params = make(), house("mbt/bottleneck")
-  found = method.embed(params, inputs(has_video=np.array([True, False])))
+  batch = inputs(has_video=np.array([True, False]))
+  found = quick_jit(method.embed)(params, batch)
   tokens = FILE["mbt/bottleneck/tokens"]
   video, audio = tokens[0, :8].mean(0), tokens[0, 8:].mean(0)
   np.testing.assert_allclose(found["video"][0], video, atol=1e-5)
@@ -430,7 +463,7 @@ def test_pretraining_encoder_reused(kind):
     path.startswith(("decoder", "head_", "mask_token"))
     for path in loaded.unused
   )
-  tokens = method.encode(loaded.params, inputs())["tokens"]
+  tokens = quick_jit(method.encode)(loaded.params, inputs())["tokens"]
   for theirs, ours in MODALITY.items():
     np.testing.assert_allclose(
       tokens[ours], MAE[f"{tag}/eval_enc_{theirs}"], **golden.FORWARD
@@ -488,7 +521,7 @@ def test_transfer_equals_the_intended_mapping(strategy, target):
   np.testing.assert_allclose(
     golden.norms(after, paths), FILE[f"{tag}/param_norms"], **golden.PARAM_NORM
   )
-  predicted = jax.jit(method.predict)(loaded.params, inputs())["label"]
+  predicted = predict(method, loaded.params, inputs())["label"]
   np.testing.assert_allclose(
     predicted, FILE[f"{tag}/eval_logits"], **golden.FORWARD
   )
@@ -516,12 +549,12 @@ def test_transfer_to_three_channels_repeats_the_kernel():
   np.testing.assert_allclose(
     np.linalg.norm(kernel), FILE["transfer/spec3ch/kernel_norm"], rtol=1e-5
   )
-  predicted = method.predict(loaded.params, inputs())["label"]
+  predicted = predict(method, loaded.params, inputs())["label"]
   np.testing.assert_allclose(
     predicted, FILE["transfer/spec3ch/eval_logits"], **golden.FORWARD
   )
   back = make().adapt(house("mbt/bottleneck"), loaded.params, {})
-  again = make().predict(back.params, inputs())["label"]
+  again = predict(make(), back.params, inputs())["label"]
   np.testing.assert_allclose(again, predicted, atol=1e-5)
   assert back.reshaped == {"embed_audio/kernel": "3 -> 1 channels, summed"}
 
@@ -613,7 +646,7 @@ def test_full_size(size, count, fusion_layer):
 
 def test_initial_values():
   method = make(classifier="token", positions="learned_1d")
-  params = jax.jit(method.init)(jax.random.key(0), inputs())
+  params = quick_jit(method.init)(jax.random.key(0), inputs())
   stored = trees.flatten(house("mbt/original_token"))
   found = trees.flatten(params)
   assert {k: v.shape for k, v in found.items()} == {
@@ -633,7 +666,7 @@ def test_initial_values():
 
 
 def test_training_separates_random_data():
-  method = make(depth=2, fusion_layer=1, label_smoothing=0.1, drop_path=0.1)
+  method = make(**SHALLOW, label_smoothing=0.1, drop_path=0.1)
   rng = np.random.default_rng(0)
   label = np.arange(8) % 7
   batch = {
@@ -643,10 +676,10 @@ def test_training_separates_random_data():
     "index": np.arange(8, dtype=np.uint32),
   }
   batch = jax.tree.map(jnp.asarray, batch)
-  params = method.init(jax.random.key(0), batch)
+  params = quick_jit(method.init)(jax.random.key(0), batch)
   optimizer = optax.adam(3e-3)
 
-  @jax.jit
+  @quick_jit
   def train(params, state, i):
     def loss(params):
       return method.loss(params, batch, jax.random.key(i), i)[0]

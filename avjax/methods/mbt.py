@@ -18,16 +18,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from einops import rearrange
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from avjax import losses
-from avjax.data.datasets import DATASETS
 from avjax.errors import InputError, lookup, unknown
 from avjax.methods.base import Inputs, Loaded, Method, ParamInfo, Params
-from avjax.nn import av_encoder, masking, sizes, streams, tokenizers
+from avjax.nn import av_encoder, heads, masking, sizes, streams
 from avjax.nn.av_encoder import INPUTS, MODALITIES, Keep, Tokens
 from avjax.nn.transformer import stack_layers
 from avjax.weights import transfer
@@ -67,7 +64,7 @@ def default_model(size: str = "L", **overrides: Any) -> ConfigDict:
       "positions": "sinusoid_1d",  # learned_1d (original MBT), none
       "modality_tokens": False,
       "classes": {},  # by head; empty = the data set's
-      "segments": 0,  # of the segment head; 0 = one per second of sound
+      "segments": 0,  # of the segment head; 0 = one per second of the clip
       "label_smoothing": 0.3,  # public
       "drop_path": 0.3,  # public
       "scan": False,
@@ -80,26 +77,6 @@ def default_model(size: str = "L", **overrides: Any) -> ConfigDict:
       raise unknown("key of model", key, model)
     model[key] = value
   return model
-
-
-def classes(config: Any) -> dict[str, int]:
-  """Number of classes by head, in the order of the head's outputs.
-
-  Alphabetical, so noun before verb as in the public code.
-
-  Raises:
-    InputError: the data set has no such head, or a head stands alone.
-  """
-  known = config.model.classes or DATASETS[config.data.name].heads
-  heads = sorted(config.data.heads)
-  if "segment" in heads and len(heads) > 1:
-    raise InputError(f"data.heads={tuple(heads)}: segment cannot be combined")
-  return {name: lookup(dict(known), name, "head") for name in heads}
-
-
-def label_key(head: str) -> str:
-  """Where a head's labels are in the inputs."""
-  return "label" if head == "label" else f"label/{head}"
 
 
 class MBT(Method):
@@ -116,7 +93,7 @@ class MBT(Method):
     self.modes = MODES[self.model.modality]
     self.size = sizes.resolve(self.model)
     self.num_layers = self.size.depth
-    self.classes = classes(config)
+    self.classes = heads.classes(config)
     if "segment" in self.classes and self.model.classifier != "gap":
       raise InputError("the segment head goes with model.classifier='gap'")
 
@@ -157,21 +134,17 @@ class MBT(Method):
     else:
       plain = encoder.clone(stack={**encoder.stack, "scan": False})
       params = plain.init(rng, patches)["params"]
-    shape = (self.size.width, sum(self.classes.values()))
-    head = {"kernel": jnp.zeros(shape), "bias": jnp.zeros(shape[1])}
-    return {**params, "head": head}
+    return {**params, "head": heads.init(self.size.width, self.classes)}
 
   def patches(self, inputs: Inputs, names: tuple[str, ...]) -> Tokens:
     """Raw patches of modalities `names` in the dtype of the computation."""
     for m in names:
       if INPUTS[m] not in inputs:
         raise InputError(f"the inputs have no {INPUTS[m]!r} for the {m} stream")
-    cut = av_encoder.patches({INPUTS[m]: inputs[INPUTS[m]] for m in names},
-                             self.model)  # fmt: skip
-    cut = {m: x.astype(self.config.dtype) for m, x in cut.items()}
-    if "audio" in cut:
-      channels = self.model.audio_channels
-      cut["audio"] = jnp.repeat(cut["audio"], channels, axis=-1)
+    cut = av_encoder.patches(inputs, self.model)
+    cut = {m: cut[m].astype(self.config.dtype) for m in names}
+    if "audio" in cut and self.model.audio_channels > 1:
+      cut["audio"] = jnp.repeat(cut["audio"], self.model.audio_channels, -1)
     return cut
 
   def encode(
@@ -200,7 +173,8 @@ class MBT(Method):
     names = self.modalities if mode == "av" else MODALITIES[mode]
     patches, model = self.patches(inputs, names), self.model
     params = stack_layers(params) if model.scan else params
-    encoder, has = self.encoder(), presence(inputs, names)
+    encoder = self.encoder()
+    has = streams.presence(inputs, names)
     fuse = train or model.test_with_bottlenecks or not model.use_bottleneck
     fuse = fuse and len(self.modalities) == 2
 
@@ -209,15 +183,12 @@ class MBT(Method):
         return encoder(params, patches, keep, has, fuse)
       return encoder.apply({"params": params}, patches, keep), None
 
-    mixes = (
-      model.fusion in ("early", "mid")
-      if model.fusion != "mbt"
-      else not model.use_bottleneck
-    )
-    if has is None or not mixes:
+    bottle = model.fusion == "mbt" and model.use_bottleneck
+    if has is None or bottle or model.fusion in ("separate", "shared"):
       tokens, bottleneck = run(patches)
     else:
-      tokens, bottleneck = alone_where_lacking(run, patches, has), None
+      tokens = streams.alone_where_lacking(lambda x: run(x)[0], patches, has)
+      bottleneck = None
     return {"tokens": tokens, "bottleneck": bottleneck}
 
   # --- Heads and objective ---
@@ -226,52 +197,25 @@ class MBT(Method):
     self, params: Params, tokens: Tokens, inputs: Inputs
   ) -> dict[str, Float[Array, "b *_"]]:
     """By modality, [b k] of all heads or [b t k] of the segment head."""
-    head = {k: v.astype(jnp.float32) for k, v in params["head"].items()}
     return {
-      m: self.pool(m, x, inputs) @ head["kernel"] + head["bias"]
+      m: heads.project(params["head"], self.pool(m, x, inputs))
       for m, x in tokens.items()
     }
 
   def pool(
     self, m: str, x: Float[Array, "b n d"], inputs: Inputs
   ) -> Float[Array, "b *_"]:
-    """What the head reads: the mean of the tokens, the CLS, or per segment.
-
-    For the segment head, tokens of one time step are averaged, then the steps
-    of every segment as `time_weights` says.
-    """
+    """What the head reads: CLS, mean of the tokens, or heads.segments."""
     x = x.astype(jnp.float32)
     if self.model.classifier == "token":
       return x[:, 0]
     if "segment" not in self.classes:
       return x.mean(1)
-    grid = {"video": tokenizers.video_grid, "audio": tokenizers.audio_grid}
-    shape, patch = inputs[INPUTS[m]].shape, self.model[f"patch_{m}"]
-    steps = grid[m](shape, patch)[0]
-    count = self.model.segments or round(self.config.data.audio.seconds)
-    weights = time_weights(steps, patch[0], shape[1], count)
-    x = rearrange(x, "b (t s) d -> b t s d", t=steps).mean(2)
-    return jnp.einsum("st,btd->bsd", weights, x)
-
-  def split(self, logits: Float[Array, "*b k"]) -> dict[str, jax.Array]:
-    """Logits by head."""
-    borders = np.cumsum(list(self.classes.values()))[:-1]
-    parts = jnp.split(logits, borders, axis=-1)
-    return dict(zip(self.classes, parts, strict=True))
-
-  def modality_loss(
-    self, m: str, logits: Float[Array, "b *_"], inputs: Inputs
-  ) -> Float[Array, "b"]:
-    """The mean over heads, against labels mixed with this modality's weight."""
-    labels = {head: inputs[label_key(head)] for head in self.classes}
-    weight = inputs.get(f"mix/{m}")
-    if weight is not None:
-      labels = {k: losses.mix_labels(y, weight) for k, y in labels.items()}
-    return losses.multi_head(
-      self.split(logits),
-      labels,
-      self.model.label_smoothing,
-      multilabel=self.config.data.multilabel,
+    return heads.segments(
+      x,
+      heads.segments_of(self.config),
+      span=self.model[f"patch_{m}"][0],
+      length=inputs[INPUTS[m]].shape[1],
     )
 
   def loss(
@@ -282,7 +226,7 @@ class MBT(Method):
     step: jax.Array,
     keep: Keep | None = None,
   ) -> tuple[jax.Array, dict[str, Any]]:
-    """The mean over an example's modalities, then over examples.
+    """The mean over heads, over an example's modalities, over examples.
 
     Args:
       params: of `init`.
@@ -292,25 +236,35 @@ class MBT(Method):
       keep: stochastic depth instead of drawn patterns.
     """
     del step
-    b = len(inputs[INPUTS[self.modalities[0]]])
-    if keep is None and self.model.drop_path:
-      index = inputs.get("index", jnp.arange(b, dtype=jnp.uint32))
-      keep = self.encoder().draw_keep(
-        masking.example_keys(rng, index), self.modalities, self.model.drop_path
+    keep = self.draw_keep(inputs, rng) if keep is None else keep
+    tokens = self.encode(params, inputs, train=True, keep=keep)["tokens"]
+    logits = self.logits(params, tokens, inputs)
+    terms = {
+      m: losses.multi_head(
+        heads.split(x, self.classes),
+        heads.labels(inputs, self.classes, m),
+        self.model.label_smoothing,
+        multilabel=self.config.data.multilabel,
       )
-    out = self.encode(params, inputs, train=True, keep=keep)
-    logits = self.logits(params, out["tokens"], inputs)
-    terms = {m: self.modality_loss(m, x, inputs) for m, x in logits.items()}
-    valid = inputs.get("valid", jnp.ones(b, bool))
-    has = presence(inputs, self.modalities) or dict.fromkeys(terms, valid)
-    some = valid & jnp.stack(list(has.values())).any(0)
+      for m, x in logits.items()
+    }
+    ones = jnp.ones(len(tokens[self.modalities[0]]), bool)
+    valid = inputs.get("valid", ones)
+    has = {m: valid & inputs.get(f"has_{m}", ones) for m in terms}
+    some = jnp.stack(list(has.values())).any(0)
     loss = losses.weighted_mean(streams.mean(terms, has), some)
     metrics = {
-      f"loss_{m}": losses.weighted_mean(x, valid & has[m])
-      for m, x in terms.items()
+      f"loss_{m}": losses.weighted_mean(x, has[m]) for m, x in terms.items()
     }
     named = {f"logits/{m}": x for m, x in logits.items()}
     return loss, {"metrics": metrics, "intermediates": named}
+
+  def draw_keep(self, inputs: Inputs, rng: jax.Array) -> Keep | None:
+    """Patterns of stochastic depth, one key per example."""
+    b = len(inputs[INPUTS[self.modalities[0]]])
+    index = inputs.get("index", jnp.arange(b, dtype=jnp.uint32))
+    keys = masking.example_keys(rng, index)
+    return self.encoder().draw_keep(keys, self.modalities, self.model.drop_path)
 
   def predict(
     self, params: Params, inputs: Inputs, *, mode: str = "av"
@@ -321,7 +275,8 @@ class MBT(Method):
     """
     tokens = self.encode(params, inputs, mode=mode)["tokens"]
     logits = self.logits(params, tokens, inputs)
-    return self.split(streams.mean(logits, presence(inputs, tuple(logits))))
+    has = streams.presence(inputs, tuple(logits))
+    return heads.split(streams.mean(logits, has), self.classes)
 
   def embed(self, params: Params, inputs: Inputs) -> dict[str, jax.Array]:
     """What the head reads of a modality: mean of the tokens, or the CLS.
@@ -332,12 +287,11 @@ class MBT(Method):
     """
     tokens = self.encode(params, inputs)["tokens"]
     cls = self.model.classifier == "token"
+    tokens = {m: x.astype(jnp.float32) for m, x in tokens.items()}
     pooled = {m: x[:, 0] if cls else x.mean(1) for m, x in tokens.items()}
-    pooled = {m: x.astype(jnp.float32) for m, x in pooled.items()}
-    if len(pooled) == 2:
-      has = presence(inputs, tuple(pooled))
-      pooled["av"] = streams.mean(pooled, has)
-    return pooled
+    has = streams.presence(inputs, self.modalities)
+    both = {"av": streams.mean(pooled, has)} if len(pooled) == 2 else {}
+    return {**pooled, **both}
 
   # --- 4.1 Finetuning: how a pretrained encoder becomes this model's ---
 
@@ -362,13 +316,12 @@ class MBT(Method):
   def adapt(
     self, params: Params, source: Params, source_config: Mapping[str, Any]
   ) -> Loaded:
-    """See `Method.adapt` and `avjax.weights.transfer.av_encoder`.
+    """See `Method.adapt`; the rules are those of `transfer.av_encoder`.
 
     Sources are AV-MAE with any encoder, AudioMAE or VideoMAE for both streams
-    (table 3) or one for each ("Additional baseline"), and MBT. What they are
-    is told by their parameters' names. A head for other classes, a bottleneck
-    of another size and position tables of another length keep their initial
-    values and are listed as missing, the source's as unused.
+    (table 3) or one for each ("Additional baseline"), and MBT, as the names of
+    their parameters tell. A head, bottleneck or position table of another size
+    is missing here and unused there.
     """
     del source_config
     return transfer.fill(
@@ -389,69 +342,13 @@ def check(model: Any) -> Any:
   lookup(MODALITIES, model.modality, "model.modality")
   for key, known in CHOICES.items():
     lookup(dict.fromkeys(known), model[key], f"model.{key}")
-  depth = sizes.resolve(model).depth
-  if not -1 <= model.fusion_layer <= depth:
-    raise InputError(
-      f"model.fusion_layer {model.fusion_layer} is not in 0..{depth}"
-    )
-  if model.fusion != "mbt":
-    for key, only in (("classifier", "gap"), ("audio_channels", 1)):
-      if model[key] != only:
-        raise InputError(
-          f"model.fusion={model.fusion!r} goes with model.{key}={only!r}, "
-          f"not {model[key]!r}"
-        )
+  first, depth = model.fusion_layer, sizes.resolve(model).depth
+  if not -1 <= first <= depth:
+    raise InputError(f"model.fusion_layer {first} is not in 0..{depth}")
+  for key, only in (("classifier", "gap"), ("audio_channels", 1)):
+    if model.fusion != "mbt" and model[key] != only:
+      raise InputError(
+        f"model.fusion={model.fusion!r} goes with model.{key}={only!r}, "
+        f"not {model[key]!r}"
+      )
   return model
-
-
-def presence(inputs: Inputs, names: tuple[str, ...]) -> streams.Present:
-  """Which of two modalities each example has; None = all have all."""
-  flags = {m: inputs.get(f"has_{m}") for m in names}
-  if len(names) == 1 or all(flag is None for flag in flags.values()):
-    return None
-  b = len(inputs[INPUTS[names[0]]])
-  return {m: jnp.ones(b, bool) if f is None else f for m, f in flags.items()}
-
-
-def alone_where_lacking(
-  run: Any, patches: Tokens, has: Mapping[str, jax.Array]
-) -> Tokens:
-  """Tokens of encoders whose attention spans both modalities.
-
-  Examples that lack one get what a pass over the other alone gives. That pass
-  is computed only if the batch has such examples.
-  """
-  both = jnp.stack(list(has.values())).all(0)
-
-  def some() -> Tokens:
-    joint = run(patches)[0]
-    return {
-      m: jnp.where(both[:, None, None], joint[m], run({m: x})[0][m])
-      for m, x in patches.items()
-    }
-
-  return jax.lax.cond(both.all(), lambda: run(patches)[0], some)
-
-
-def time_weights(
-  steps: int, span: int, length: int, segments: int
-) -> Float[np.ndarray, "t n"]:
-  """Shares of time steps in the equal segments of a clip.
-
-  Step i covers the frames [i*span, (i+1)*span), segment s the frames
-  [s, s+1) * length/segments; a segment is the mean of the steps that it
-  overlaps, weighted by the overlap.
-
-  Raises:
-    InputError: a segment overlaps no step.
-  """
-  start = np.arange(steps) * span
-  edges = np.arange(segments + 1) * length / segments
-  overlap = np.minimum(edges[1:, None], start + span)
-  overlap = np.maximum(overlap - np.maximum(edges[:-1, None], start), 0)
-  if not overlap.any(axis=1).all():
-    raise InputError(
-      f"{steps} steps of {span} frames leave one of {segments} segments of "
-      f"{length} frames without a token"
-    )
-  return (overlap / overlap.sum(axis=1, keepdims=True)).astype(np.float32)

@@ -21,6 +21,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from avjax.errors import lookup
+from avjax.methods.base import Inputs
 from avjax.nn import av_encoder, sizes
 from avjax.nn.av_encoder import Keep, Tokens
 from avjax.nn.masking import Keys
@@ -41,6 +42,40 @@ def mean(values: Mapping[str, Array], present: Present = None) -> Array:
     total += jnp.where(has, x, 0)
     count += has.astype(x.dtype)
   return total / jnp.maximum(count, 1)
+
+
+def presence(inputs: Inputs, names: tuple[str, ...]) -> Present:
+  """Which of two modalities each example has; one is there as it is asked."""
+  if len(names) == 1:
+    return None
+  flags = {m: inputs.get(f"has_{m}") for m in names}
+  told = [flag for flag in flags.values() if flag is not None]
+  if not told:
+    return None
+  ones = jnp.ones_like(told[0])
+  return {m: ones if flag is None else flag for m, flag in flags.items()}
+
+
+def alone_where_lacking(
+  run: Callable[[Tokens], Tokens],
+  patches: Tokens,
+  has: Mapping[str, Bool[Array, "b"]],
+) -> Tokens:
+  """Tokens of encoders whose attention spans both modalities.
+
+  Examples that lack one get what a pass over the other alone gives. That pass
+  is computed only if the batch has such examples.
+  """
+  both = jnp.stack(list(has.values())).all(0)
+
+  def some() -> Tokens:
+    joint = run(patches)
+    return {
+      m: jnp.where(both[:, None, None], joint[m], run({m: x})[m])
+      for m, x in patches.items()
+    }
+
+  return jax.lax.cond(both.all(), lambda: run(patches), some)
 
 
 @dataclasses.dataclass(frozen=True)
