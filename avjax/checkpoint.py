@@ -113,7 +113,7 @@ class Checkpoints:
     """
     self.wait()
     if self._manager is None:
-      raise InputError(f"{self.directory} is open for reading only")
+      raise InputError(f"{self.directory} is closed or open for reading only")
     self._set_damaged_aside()
     later = [s for s in self.steps() if s >= step]
     if later:
@@ -324,7 +324,8 @@ def _restore(directory, template, step, *, damaged, choose=list):
     raise InputError(
       f"{directory} holds no step {step}; it holds {_listed(known)}"
     )
-  for candidate in [step] if step is not None else reversed(known):
+  candidates = [step] if step is not None else known[::-1]
+  for candidate in candidates:
     reason = ""
     try:
       body, state = stored_step.load(
@@ -336,7 +337,7 @@ def _restore(directory, template, step, *, damaged, choose=list):
       return candidate, state, body
     damaged[candidate] = reason or "damaged as another process reads it"
     logging.warning("%s", damaged[candidate])
-  reasons = "; ".join(damaged[s] for s in sorted(damaged, reverse=True))
+  reasons = "; ".join(damaged[candidate] for candidate in candidates)
   raise InputError(
     f"{directory} holds no intact checkpoint: {reasons or 'it is empty'}"
   )

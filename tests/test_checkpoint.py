@@ -7,6 +7,7 @@ import random
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -20,6 +21,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from avjax import stored_step, trees
 from avjax.checkpoint import Checkpoints, RunLock, SaveError, restore_params
 from avjax.errors import InputError
+
+ROOT = pathlib.Path(__file__).parents[1]
 
 
 def state_of(step, size=64):
@@ -217,7 +220,7 @@ def test_reading_changes_nothing(tmp_path):
     InputError, match="holds no step 9; it holds step 1, 2, 3"
   ):
     reader.restore(step=9)
-  with pytest.raises(InputError, match="reading only"):
+  with pytest.raises(InputError, match="open for reading only"):
     reader.save(4, state_of(4))
   reader.close()
   assert foreign.exists()
@@ -414,33 +417,90 @@ def test_killed_while_saving_leaves_a_complete_step_and_frees_the_lock(
   tmp_path,
 ):
   directory = tmp_path / "checkpoints"
-  for _ in range(2):
-    child = subprocess.Popen(
-      [sys.executable, "-c", SAVE_FOREVER, str(tmp_path)],
-      cwd=pathlib.Path(__file__).parents[1],
+  child = subprocess.Popen(
+    [sys.executable, "-c", SAVE_FOREVER, str(tmp_path)], cwd=ROOT
+  )
+  end = time.monotonic() + 60
+  try:
+    reader = Checkpoints(directory, keep=None)
+    while (reader.latest() or 0) < 3:
+      assert child.poll() is None and time.monotonic() < end
+      time.sleep(0.01)
+    with (
+      pytest.raises(InputError, match=f"in use by process {child.pid} on"),
+      RunLock(tmp_path / "lock"),
+    ):
+      pass
+    time.sleep(random.uniform(0, 0.2))
+    while not any(directory.glob("*.orbax-checkpoint-tmp*")):
+      assert child.poll() is None and time.monotonic() < end
+  finally:
+    child.kill()
+    child.wait()
+  with RunLock(tmp_path / "lock"), Checkpoints(directory) as checkpoints:
+    assert not any(directory.glob("*.orbax-checkpoint-tmp*"))
+    step, state, extra = checkpoints.restore()
+  assert extra == {"at": step} and step == checkpoints.latest()
+  assert_same(state, state_of(step, size=200_000))
+
+
+TWO_PROCESSES = """
+import sys
+import jax
+import numpy as np
+process, port, directory = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize("127.0.0.1:" + port, 2, process)
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from avjax.checkpoint import Checkpoints, RunLock
+mesh = jax.make_mesh((4,), ("data",), axis_types=(AxisType.Auto,))
+values = np.arange(32, dtype=np.float32).reshape(8, 4)
+def put(spec):
+  sharding = NamedSharding(mesh, spec)
+  return jax.make_array_from_callback((8, 4), sharding, lambda i: values[i])
+rows, columns = put(PartitionSpec("data")), put(PartitionSpec(None, "data"))
+with RunLock(directory + "/lock"), Checkpoints(directory + "/c") as checkpoints:
+  for step in (1, 2):
+    checkpoints.save(step, {"w": rows, "n": np.int32(step)})
+  checkpoints.wait()
+  if process == 0:
+    file = checkpoints.directory / "2" / "record" / "metadata"
+    file.write_text(file.read_text().replace('"sum": "', '"sum": "0'))
+  jax.experimental.multihost_utils.sync_global_devices("damaged")
+  template = {"w": columns, "n": np.int32(0)}
+  step, state, _ = checkpoints.restore(template)
+  assert (step, int(state["n"])) == (1, 1), step
+  assert state["w"].sharding == columns.sharding
+  for shard in state["w"].addressable_shards:
+    np.testing.assert_array_equal(shard.data, values[shard.index])
+  checkpoints.save(2, {"w": columns, "n": np.int32(7)})
+  assert int(checkpoints.restore(template)[1]["n"]) == 7
+"""
+
+
+def test_two_processes_save_verify_and_fall_back_together(tmp_path):
+  with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    port = str(probe.getsockname()[1])
+  flags = "--xla_force_host_platform_device_count=2"
+  children = [
+    subprocess.Popen(
+      [sys.executable, "-c", TWO_PROCESSES, str(i), port, str(tmp_path)],
+      cwd=ROOT,
+      env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+      stderr=subprocess.PIPE,
+      text=True,
     )
-    try:
-      reader = Checkpoints(directory, keep=None)
-      first, end = reader.latest() or 0, time.monotonic() + 60
-      while (reader.latest() or 0) < first + 2:
-        assert child.poll() is None and time.monotonic() < end
-        time.sleep(0.01)
-      with (
-        pytest.raises(InputError, match=f"in use by process {child.pid} on"),
-        RunLock(tmp_path / "lock"),
-      ):
-        pass
-      time.sleep(random.uniform(0, 0.2))
-      while not any(directory.glob("*.orbax-checkpoint-tmp*")):
-        assert child.poll() is None and time.monotonic() < end
-    finally:
-      os.kill(child.pid, signal.SIGKILL)
-      child.wait()
-    with RunLock(tmp_path / "lock"), Checkpoints(directory) as checkpoints:
-      assert not any(directory.glob("*.orbax-checkpoint-tmp*"))
-      step, state, extra = checkpoints.restore()
-    assert extra == {"at": step} and step == checkpoints.latest()
-    assert_same(state, state_of(step, size=200_000))
+    for i in range(2)
+  ]
+  try:
+    errors = [child.communicate(timeout=120)[1] for child in children]
+  finally:
+    for child in children:
+      child.kill()
+  for child, error in zip(children, errors, strict=True):
+    assert child.returncode == 0, error[-3000:]
+  assert Checkpoints(tmp_path / "c", keep=None).restore()[1]["n"] == 7
 
 
 def test_lock_is_released_and_refused_within_a_process(tmp_path):
