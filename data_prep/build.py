@@ -1,0 +1,88 @@
+"""python -m data_prep.build --dataset=NAME --data_dir=OUT [--media=DIR ...]
+
+Builds a data set from local media files into OUT/NAME/VARIANT/VERSION. For
+av_demo no media are needed: they are made.
+"""
+
+import importlib
+import pathlib
+import sys
+
+from absl import app, flags
+
+from avjax import config
+from avjax.data.datasets import VARIANTS
+from avjax.errors import InputError, lookup
+
+# Data set -> the class that builds it. Modules are imported when needed.
+BUILDERS = {"av_demo": "data_prep.av_demo:AvDemo"}
+
+DATASET = flags.DEFINE_string("dataset", None, "What to build.")
+DATA_DIR = flags.DEFINE_string(
+  "data_dir", "", "Where to; default $AVJAX_DATA or ~/avjax_data."
+)
+MEDIA = flags.DEFINE_string(
+  "media", "", "Folder of the media files; av_demo makes its own without it."
+)
+VARIANT = flags.DEFINE_enum(
+  "variant", "video", list(VARIANTS), "Frames that are stored of a clip."
+)
+WORKERS = flags.DEFINE_integer(
+  "workers", -1, "Decoding processes; 0 = none, -1 = one a core."
+)
+REFUSE = flags.DEFINE_list(
+  "refuse", [], "Clips to leave out: 'no audio', 'no video', 'damaged'."
+)
+OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an earlier build.")
+
+
+def main(argv: list[str]) -> None:
+  """Builds what the flags say and prints its folder."""
+  if len(argv) > 1:
+    raise InputError(f"unexpected argument {argv[1]!r}")
+  place = lookup(BUILDERS, DATASET.value, "data set to build")
+  module, _, name = place.partition(":")
+  section = config.data_section()
+  section.name, section.variant = DATASET.value, VARIANT.value
+  section.dir = DATA_DIR.value
+  if DATASET.value == "av_demo" and not MEDIA.value:
+    from data_prep import av_demo
+
+    print(av_demo.ensure_demo(section))
+    return
+  print(build(getattr(importlib.import_module(module), name), section))
+
+
+def build(builder_class: type, section: config.ConfigDict) -> pathlib.Path:
+  """Builds from the files under --media; see `data_prep.builder.build`."""
+  from avjax.data import datasets
+  from data_prep import builder
+
+  if not MEDIA.value or not pathlib.Path(MEDIA.value).expanduser().is_dir():
+    raise InputError(f"--media={MEDIA.value} is not a folder")
+  options = builder.Options(
+    media=pathlib.Path(MEDIA.value).expanduser(),
+    workers=WORKERS.value,
+    refuse=tuple(REFUSE.value),
+  )
+  return builder.build(
+    builder_class,
+    options,
+    data_dir=datasets.data_dir(section),
+    variant=VARIANT.value,
+    overwrite=OVERWRITE.value,
+  )
+
+
+def run(argv: list[str]) -> None:
+  """`main`; bad input is one line and exit status 2."""
+  try:
+    main(argv)
+  except InputError as error:
+    print(f"error: {error}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+  flags.mark_flag_as_required("dataset")
+  app.run(run)
