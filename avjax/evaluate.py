@@ -91,11 +91,12 @@ def evaluate(
   if only and only not in config.evals:
     raise unknown("evaluation", only, config.evals)
   setup = experiment.build(config)
-  template = experiment.stored(config, setup.state_shapes)
   checkpoints = Checkpoints(run.checkpoints, keep=None)
-  step, state, _ = checkpoints.restore(template, step=step or named)
+  step, state, _ = checkpoints.restore(
+    setup.stored_shapes(), step=step or named
+  )
   checkpoints.close()
-  params = setup.eval_params(experiment.live(config, state))
+  params = setup.eval_params(setup.place(state))
   writer = Writer(Workdir(run.root / "evaluation"), step)
   scores = {}
   for name, evaluator in make_evaluators(setup, run, writer).items():

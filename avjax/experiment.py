@@ -74,6 +74,16 @@ class Experiment:
     )
     return step.lower(self.state_shapes, self.batch_shapes).compile()
 
+  def stored_shapes(self) -> State:
+    """The state as checkpoints hold it: per layer, with shardings."""
+    unstack = functools.partial(stored, self.config)
+    return _placed(jax.eval_shape(unstack, self.state_shapes), self.mesh)
+
+  def place(self, state: State) -> State:
+    """A restored state as and where the step expects it."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state_shapes)
+    return jax.device_put(live(self.config, state), shardings)
+
   def eval_params(self, state: State) -> Any:
     """The parameters that evaluations use: averaged ones where they exist."""
     section = self.config.optimizer

@@ -145,31 +145,23 @@ class Loop:
     """The newest verified checkpoint, or the state that training starts in."""
     setup, config = self.setup, self.config
     if self.checkpoints.steps():
-      template = stored_state(config, setup.state_shapes)
-      step, state, extra = self.checkpoints.restore(template)
+      step, state, extra = self.checkpoints.restore(setup.stored_shapes())
       self.scores = dict(extra.get("scores", {}))
       self.skipped.load(extra.get("skipped", {}))
       logging.info("resumed from step %d of %s", step, self.run.checkpoints)
-      return self.place(live_state(config, state)), step
+      return setup.place(state), step
     state = setup.init_state()
     if config.init_from:
       state = initialise.from_weights(setup, state, self.run)
     else:
       logging.info("init_from is empty: random initialisation")
     if jax.process_index() == 0:
-      shown = experiment.stored(config, setup.state_shapes["params"])
+      shown = setup.stored_shapes()["params"]
       table = parameter_overview.get_parameter_overview(
         shown, include_stats=False
       )
       logging.info("parameters\n%s", table)
     return state, 0
-
-  def place(self, state: Any) -> experiment.State:
-    """Puts a restored state where the step expects it."""
-    shardings = jax.tree.map(
-      lambda leaf: leaf.sharding, self.setup.state_shapes
-    )
-    return jax.device_put(state, shardings)
 
   def train(self, state: experiment.State, first: int) -> experiment.State:
     """Steps `first`..total; returns the last state."""
@@ -197,11 +189,11 @@ class Loop:
         batch, _ = next(batches)
         state, metrics = step_fn(state, batch)
         meter.add(step, metrics)
-        last = step == setup.total_steps
+        last, stopping = step == setup.total_steps, self.stopping(step)
         # ---- 2. order within a step: metrics, evaluation, checkpoint. A
         # checkpoint then never holds a state that was not finite, and knows
         # the scores that "best" compares.
-        saving = last or step % save_every == 0 or self.stopping(step)
+        saving = last or stopping or step % save_every == 0
         if last or step % config.log_every == 0 or saving:
           self.writer.scalars(step, meter.flush(step))
         due = self.due_evaluations(step)
@@ -211,7 +203,7 @@ class Loop:
         if saving:
           self.save(step, state)
           meter.pause()
-        if self.interrupted:
+        if stopping and not last:
           self.leave(step)
     finally:
       batches.close()
@@ -255,7 +247,7 @@ class Loop:
       metrics = None
     self.checkpoints.save(
       step,
-      stored_state(self.config, state),
+      experiment.stored(self.config, state),
       metrics=metrics,
       extra={"scores": self.scores, "skipped": self.skipped.dump()},
     )
@@ -310,8 +302,6 @@ class Loop:
 
   def leave(self, step: int) -> None:
     """Ends the process after an interruption, the state being saved."""
-    if jax.process_count() > 1 and step % self.config.log_every:
-      return
     self.checkpoints.wait()
     logging.info("saved step %d; the same command goes on from there", step)
     sys.exit(128 + signal.SIGTERM)
@@ -392,13 +382,3 @@ class Meter:
     )
     means["learning_rate"] = float(fetched[-1][1]["learning_rate"])
     return {**means, "steps_per_s": rate, "clips_per_s": rate * batch}
-
-
-def stored_state(config: Any, state: Any) -> Any:
-  """The state under per-layer names, as checkpoints hold it."""
-  return experiment.stored(config, state)
-
-
-def live_state(config: Any, state: Any) -> Any:
-  """The inverse of stored_state."""
-  return experiment.live(config, state)

@@ -1,18 +1,29 @@
-"""Shapes in signatures are checked under pytest, and only here."""
+"""Simulated devices, checked annotations and one tiny data set for all."""
 
+import atexit
 import os
+import pathlib
+import shutil
+import tempfile
+
+import pytest
+from jaxtyping import install_import_hook
+
+import tests.typechecker  # noqa: F401 - named in the hook below
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Eight simulated devices for every test: meshes are chosen by config.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
-from jaxtyping import install_import_hook
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  # What one test process compiled the others need not compile again.
+  folder = tempfile.mkdtemp(prefix="avjax-compiled-")
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
+  atexit.register(shutil.rmtree, folder, ignore_errors=True)
 
-install_import_hook(["avjax"], "beartype.beartype")
-
-import pathlib  # noqa: E402
-
-import pytest  # noqa: E402
+# Shapes in signatures are checked under pytest, and only here.
+install_import_hook(["avjax"], "tests.typechecker.check")
 
 
 @pytest.fixture(scope="session")

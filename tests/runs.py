@@ -24,8 +24,21 @@ def stage(name, argument="demo", **overrides):
   return shrink(config, **overrides)
 
 
+# Two layers: what takes time in these tests is compiling.
+MODEL = {"width": 32, "depth": 2, "heads": 2, "mlp": 64}
+PER_METHOD = {
+  "avmae": {
+    "fusion_layers": 1, "decoder_width": 24, "decoder_depth": 1,
+    "decoder_heads": 3, "decoder_mlp": 48,
+  },
+  "mbt": {"fusion_layer": 1, "n_bottlenecks": 2},
+}  # fmt: skip
+
+
 def shrink(config, **overrides):
-  """Two steps on eight clips, evaluations on eight; the model as it is."""
+  """Two steps on eight clips, a tiny model, evaluations on eight clips."""
+  config.model.update(MODEL)
+  config.model.update(PER_METHOD[config.method])
   config.total_steps, config.total_epochs = 2, 0.0
   config.batch_size = 8
   config.log_every = 1
@@ -62,7 +75,9 @@ def command(name, workdir, *flags, argument="demo", devices=1):
     "--config.total_epochs=0.0", "--config.batch_size=8",
     "--config.log_every=1", "--config.checkpoint.every_steps=1",
     "--config.mesh.data=-1",
-    *(f"--config.data.demo.{k}={v}" for k, v in DEMO.items()), *flags,
+    *(f"--config.data.demo.{k}={v}" for k, v in DEMO.items()),
+    *(f"--config.model.{k}={v}" for k, v in MODEL.items()),
+    "--config.model.fusion_layer=1", *flags,
   ]  # fmt: skip
   count = f"--xla_force_host_platform_device_count={devices}"
   return args, {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": count}
