@@ -22,6 +22,9 @@ CHOICES = {
   "tpu": ((math.inf, "plain"),),
 }
 
+# Bytes of scores in one block of queries: small enough for the outer cache.
+BLOCK_BYTES = 8 << 20
+
 
 def attention(
   q: Float[Array, "b n h d"],
@@ -112,46 +115,88 @@ _saved.defvjp(_saved_forward, _saved_backward)
 
 @jax.custom_vjp
 def _blocked(q, k, v):
-  """One head at a time; the backward pass recomputes the probabilities."""
+  """Blocks of queries of one head; the backward pass starts from scratch.
+
+  The loops are over heads and queries, never over examples, which may be on
+  different devices.
+  """
   return _blocked_forward(q, k, v)[0]
 
 
 def _per_head(x):
-  """[b n h d] -> [h b 1 n d]: a loop over heads keeps b, which is sharded."""
-  return x.transpose(2, 0, 1, 3)[:, :, None]
+  return x.transpose(2, 0, 1, 3)
 
 
 def _from_heads(x):
-  return x[:, :, 0].transpose(1, 2, 0, 3)
+  return x.transpose(1, 2, 0, 3)
+
+
+def _block_size(q, k):
+  """The largest divisor of the queries whose scores fit BLOCK_BYTES."""
+  b, n = q.shape[1:3]
+  most = max(1, BLOCK_BYTES // (4 * b * k.shape[2]))
+  return max(size for size in range(1, n + 1) if n % size == 0 and size <= most)
+
+
+def _cut(x, size):
+  """[h b n d] -> [h n/size b size d]."""
+  h, b, n, d = x.shape
+  return x.reshape(h, b, n // size, size, d).transpose(0, 2, 1, 3, 4)
+
+
+def _join(x):
+  h, blocks, b, size, d = x.shape
+  return x.transpose(0, 2, 1, 3, 4).reshape(h, b, blocks * size, d)
 
 
 def _blocked_forward(q, k, v):
   q, k, v = (_per_head(x) for x in (q * q.shape[-1] ** -0.5, k, v))
 
-  def one(head):
-    q, k, v = head
-    scores = _scores(q, k)
-    total = jax.nn.logsumexp(scores, -1, keepdims=True)
-    p = jnp.exp(scores - total).astype(v.dtype)
-    return jnp.einsum("bhnm,bhmd->bhnd", p, v), total
+  def head(args):
+    q, k, v = args
 
-  o, total = jax.lax.map(one, (q, k, v))
+    def block(q):
+      scores = jnp.einsum("bnd,bmd->bnm", q, k).astype(jnp.float32)
+      top = jnp.max(scores, -1, keepdims=True)
+      weights = jnp.exp(scores - top)
+      total = jnp.sum(weights, -1, keepdims=True)
+      # Dividing n d numbers, not n m.
+      o = jnp.einsum("bnm,bmd->bnd", weights.astype(v.dtype), v) / total
+      return o.astype(v.dtype), top + jnp.log(total)
+
+    return jax.lax.map(block, q)
+
+  o, total = jax.lax.map(head, (_cut(q, _block_size(q, k)), k, v))
+  o, total = _join(o), _join(total)
   return _from_heads(o), (q, k, v, o, total)
 
 
 def _blocked_backward(saved, do):
   q, k, v, o, total = saved
+  do = _per_head(do)
+  shift = jnp.sum(do.astype(jnp.float32) * o, -1, keepdims=True)
 
-  def one(head):
-    q, k, v, o, total, do = head
-    p = jnp.exp(_scores(q, k) - total)
-    ds = _score_gradient(p, do, o, v).astype(q.dtype)
-    dq = jnp.einsum("bhnm,bhmd->bhnd", ds, k) * q.shape[-1] ** -0.5
-    dk = jnp.einsum("bhnm,bhnd->bhmd", ds, q)
-    return dq, dk, jnp.einsum("bhnm,bhnd->bhmd", p.astype(do.dtype), do)
+  def head(args):
+    q, k, v, do, total, shift = args
 
-  grads = jax.lax.map(one, (q, k, v, o, total, _per_head(do)))
-  return tuple(_from_heads(x) for x in grads)
+    def block(sums, args):
+      q, do, total, shift = args
+      p = jnp.exp(jnp.einsum("bnd,bmd->bnm", q, k) - total)
+      ds = p * (jnp.einsum("bnd,bmd->bnm", do, v) - shift)
+      p, ds = p.astype(q.dtype), ds.astype(q.dtype)
+      dk = sums[0] + jnp.einsum("bnm,bnd->bmd", ds, q)
+      dv = sums[1] + jnp.einsum("bnm,bnd->bmd", p, do)
+      return (dk, dv), jnp.einsum("bnm,bmd->bnd", ds, k) * q.shape[-1] ** -0.5
+
+    zeros = jnp.zeros(k.shape, jnp.float32)
+    rows = (q, do, total, shift)
+    (dk, dv), dq = jax.lax.scan(block, (zeros, zeros), rows)
+    return dq, dk.astype(k.dtype), dv.astype(v.dtype)
+
+  size = _block_size(q, k)
+  cut = [_cut(x, size) for x in (q, do, total, shift)]
+  dq, dk, dv = jax.lax.map(head, (cut[0], k, v, *cut[1:]))
+  return tuple(_from_heads(x) for x in (_join(dq), dk, dv))
 
 
 _blocked.defvjp(_blocked_forward, _blocked_backward)
