@@ -23,7 +23,7 @@ CHOICES = {
 }
 
 # Bytes of scores in one block of queries: small enough for the outer cache.
-BLOCK_BYTES = 8 << 20
+BLOCK_BYTES = 5 << 20
 
 
 def attention(
