@@ -110,7 +110,8 @@ def _make(folder, variant, clips, test, seed) -> None:
   media = _media(folder)
   demo.write_media(media, clips_per_class=clips, test_per_class=test, seed=seed)
   settings = {"clips_per_class": clips, "test_per_class": test, "seed": seed}
-  options = builder.Options(media=media, settings=settings)
+  # Such small pictures would suffer from a second strong compression.
+  options = builder.Options(media=media, quality=95, settings=settings)
   builder.build(AvDemo, options, data_dir=folder, variant=variant)
 
 

@@ -19,10 +19,10 @@ import sys
 import threading
 from collections.abc import Iterable, Iterator
 from concurrent import futures
-from typing import Any
 
 import numpy as np
 import simplejpeg
+from jaxtyping import Int16
 
 from avjax.data import media
 from avjax.errors import InputError
@@ -65,7 +65,9 @@ class Encoded:
   message: str
   frames: tuple[bytes, ...] = ()
   frame_rate: float = media.VIDEO_RATE
-  waveform: Any = None
+  waveform: Int16[np.ndarray, "s"] = dataclasses.field(
+    default_factory=lambda: np.zeros(0, np.int16)
+  )
   seconds: float = 0.0
   height: int = 0
   width: int = 0
@@ -73,7 +75,7 @@ class Encoded:
   @property
   def has_audio(self) -> bool:
     """There is sound."""
-    return self.waveform is not None and len(self.waveform) > 0
+    return len(self.waveform) > 0
 
 
 def encode(task: Task) -> Encoded:
@@ -98,16 +100,15 @@ def encode(task: Task) -> Encoded:
     colorspace="RGB",
     colorsubsampling="420",
   )
-  waveform = np.zeros(0, np.int16) if clip.waveform is None else clip.waveform
   return Encoded(
     problem="",
     message=", ".join(clip.notes),
     frames=tuple(jpeg(picture) for picture in pictures),
     frame_rate=rate,
-    waveform=waveform,
     seconds=clip.seconds,
     height=clip.height,
     width=clip.width,
+    **({} if clip.waveform is None else {"waveform": clip.waveform}),
   )
 
 
