@@ -177,10 +177,7 @@ class Checkpoints:
     self._manager = ocp.CheckpointManager(
       self.directory,
       options=ocp.CheckpointManagerOptions(
-        create=True,
-        preservation_policy=self,
-        # What is damaged must not keep the folder from opening.
-        lightweight_initialize=True,
+        create=True, preservation_policy=self
       ),
     )
 

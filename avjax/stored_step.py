@@ -54,7 +54,27 @@ def load(path: pathlib.Path, template: Any, choose: Any) -> tuple[Any, Any]:
     # A flipped byte in Orbax's own metadata may end in any of them.
     reason = f"checkpoint {path} cannot be read: {first_line(error)}"
     raise DamageError(reason) from error
-  leaves = trees.flatten(tree)
+  found = trees.flatten(tree)
+  leaves = {name: found.get(name) for name in stored}
+  _verify(path, leaves, stored)
+  for name, row in stored.items():
+    if row["key"]:
+      leaves[name] = jax.random.wrap_key_data(leaves[name], impl=row["key"])
+  empty = {key: {} for key in body["empty"]} if choose is list else {}
+  return body, {**empty, **trees.unflatten(leaves)}
+
+
+def _verify(path, leaves, stored) -> None:
+  """Raises DamageError unless the arrays are those of the record."""
+  for name, row in stored.items():
+    leaf = leaves[name]
+    # What Orbax did not find may come back as the template's own leaf.
+    there = isinstance(leaf, jax.Array | np.ndarray | np.generic)
+    if not there or [list(leaf.shape), str(leaf.dtype)] != [
+      row["shape"],
+      row["dtype"],
+    ]:
+      raise DamageError(f"checkpoint {path} is damaged: {name} is not there")
   sums = checksums(leaves)
   bad = [name for name, row in stored.items() if sums[name] != row["sum"]]
   if bad:
@@ -63,11 +83,6 @@ def load(path: pathlib.Path, template: Any, choose: Any) -> tuple[Any, Any]:
       f"{sums[bad[0]]}, not {stored[bad[0]]['sum']}"
       + (f" ({len(bad) - 1} more arrays differ)" if len(bad) > 1 else "")
     )
-  for name, row in stored.items():
-    if row["key"]:
-      leaves[name] = jax.random.wrap_key_data(leaves[name], impl=row["key"])
-  empty = {key: {} for key in body["empty"]} if choose is list else {}
-  return body, {**empty, **trees.unflatten(leaves)}
 
 
 @contextlib.contextmanager
@@ -245,7 +260,7 @@ def _host_sums(array: Any) -> tuple[int, int]:
   array = np.ascontiguousarray(array).reshape(-1)
   size = array.dtype.itemsize
   words = array.view(np.uint32 if size >= 4 else f"u{size}")
-  totals, chunk = [0, 0], 1 << 18  # Words that stay in the cache.
+  totals, chunk = [0, 0], 1 << 16  # Words that stay in the cache.
   for start in range(0, words.size, chunk):
     part = words[start : start + chunk].astype(np.uint32)
     position = np.arange(start, start + part.size).astype(np.uint32)

@@ -304,7 +304,8 @@ def test_one_flipped_bit_in_any_file_never_changes_a_value(tmp_path):
     data = bytearray(damaged.read_bytes())
     data[len(data) // 2] ^= 4
     damaged.write_bytes(data)
-    step, state, _ = Checkpoints(copy, keep=None).restore()
+    with Checkpoints(copy, best="map") as checkpoints:
+      step, state, _ = checkpoints.restore()
     assert_same(state, state_of(step))
     noticed += [file.name] if step == 1 else []
   assert "metadata" in noticed and "manifest.ocdbt" in noticed
