@@ -241,18 +241,34 @@ class ClipBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
         unique.append((number, row))
       seen.add(row.id)
     checked = [(n, row, self._labels(row)) for n, row in unique]
-    tasks = [self._task(row) for _, row in unique]
+    results = self._results(self._task(row) for _, row in unique)
+    with contextlib.closing(results):
+      shown = _track(results, len(unique), f"{self.name} {split}")
+      for (number, row, labels), result in zip(checked, shown, strict=True):
+        if self._accept(split, row, result):
+          self._index[split].append(
+            (row.id, labels["label"], result.seconds, result.has_audio,
+             bool(result.frames))
+          )  # fmt: skip
+          yield number, {**_clip(row, result), **labels}
+
+  def _results(self, tasks: Iterable[decode.Task]) -> Iterator[decode.Encoded]:
+    """Decodes; processes start after the first clip that can be read.
+
+    That one is asked for in advance of every split, see _split_generators.
+    """
+    tasks = iter(tasks)
+    for task in tasks:
+      result = decode.encode(task)
+      yield result
+      if not result.problem:
+        break
+    rest = list(tasks)
     workers = self.options.workers
     workers = _cores() if workers < 0 else workers
     # Starting a process costs as much as some clips.
-    workers = min(workers, len(tasks) // 32)
-    results = decode.encode_all(tasks, workers=workers)
-    with contextlib.closing(results):
-      shown = _track(results, len(tasks), f"{self.name} {split}")
-      for (number, row, labels), result in zip(checked, shown, strict=True):
-        if self._accept(split, row, result):
-          self._index[split].append((row, labels["label"], result))
-          yield number, {**_clip(row, result), **labels}
+    workers = min(workers, len(rest) // 32)
+    yield from decode.encode_all(rest, workers=workers)
 
   def _task(self, row: Row) -> decode.Task:
     options = self.options
@@ -339,15 +355,15 @@ class ClipBuilder(tfds.core.GeneratorBasedBuilder, skip_registration=True):
     """`index_<split>.npz`: what is asked of all clips without reading them."""
     for split, entries in self._index.items():
       if entries:
-        lengths = [len(labels) for _, labels, _ in entries]
-        np.savez(
+        ids, labels, seconds, sound, pictures = zip(*entries, strict=True)
+        np.savez_compressed(
           folder / f"index_{split}.npz",
-          id=np.array([row.id for row, _, _ in entries]),
-          label=np.array([k for _, ls, _ in entries for k in ls], np.int32),
-          label_ends=np.cumsum(lengths, dtype=np.int64),
-          seconds=np.array([r.seconds for _, _, r in entries], np.float32),
-          has_audio=np.array([r.has_audio for *_, r in entries]),
-          has_video=np.array([len(r.frames) > 0 for *_, r in entries]),
+          id=np.array(ids),
+          label=np.array([k for row in labels for k in row], np.int32),
+          label_ends=np.cumsum([len(row) for row in labels], dtype=np.int64),
+          seconds=np.array(seconds, np.float32),
+          has_audio=np.array(sound),
+          has_video=np.array(pictures),
         )
 
 

@@ -257,9 +257,9 @@ def test_labels_are_the_records_own(data):
 
 def test_balanced_draws_follow_the_weights(data):
   weights = records.Split(data, "train").label_weights()
-  index = records.Split(data, "train").index
-  counts = np.bincount(index["label"])
-  first = index["label"][: index["label_ends"][0]]
+  column = records.Split(data, "train").column
+  counts = np.bincount(column("label"))
+  first = column("label")[: column("label_ends")[0]]
   assert weights[0] == pytest.approx(sum(1 / counts[k] for k in first))
   data.sampling = "balanced"
   batches = pipeline._Batches(data, "train", batch_size=8, seed=1)
@@ -269,7 +269,7 @@ def test_balanced_draws_follow_the_weights(data):
   assert np.abs(drawn - expected).max() < 5 * np.sqrt(expected.max())
   stream = pipeline.train_batches(data, batch_size=8, seed=1)
   (batch,) = take(stream, 1)
-  assert batch["id"] == [str(index["id"][k]) for k in draws[:8]]
+  assert batch["id"] == [str(column("id")[k]) for k in draws[:8]]
 
 
 def test_media_file_gives_what_its_record_gives(data):
@@ -339,17 +339,14 @@ def broken(tmp_path_factory):
     def rows(self):
       return {"train": [builder.Row(f"-{k}", f"{k}.mp4") for k in range(8)]}
 
-  def encode_all(tasks, **options):
-    del options
-    for task in tasks:
-      k = int(pathlib.Path(task.path).stem)
-      frame = b"no JPEG" if k == 2 else picture(30 * k)
-      yield decode.Encoded("", "", (frame,) * 5, seconds=0.4)
+    def _results(self, tasks):
+      for task in tasks:
+        k = int(pathlib.Path(task.path).stem)
+        frame = b"no JPEG" if k == 2 else picture(30 * k)
+        yield decode.Encoded("", "", (frame,) * 5, seconds=0.4)
 
   folder = tmp_path_factory.mktemp("broken")
-  with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(decode, "encode_all", encode_all)
-    builder.build(Broken, builder.Options(media=folder), data_dir=folder)
+  builder.build(Broken, builder.Options(media=folder), data_dir=folder)
   return str(folder)
 
 

@@ -230,7 +230,7 @@ class _Batches:
       except InputError:
         raise
       except (ValueError, IndexError, OSError, RuntimeError) as error:
-        name = str(self.split.index["id"][number])
+        name = str(self.split.column("id")[number])
         failed.append((name, str(error) or type(error).__name__))
         continue
       batch["index"][row] = position % (1 << 32)

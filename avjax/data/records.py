@@ -6,7 +6,6 @@ files of which a training step wants sixteen, and parsing the rest costs more
 than decoding one. `tfds.builder_from_directory` reads the same files.
 """
 
-import functools
 import pathlib
 import threading
 from collections.abc import Iterator, Sequence
@@ -138,12 +137,12 @@ class Split:
 
   def _open(self) -> None:
     self._source: Any = None
+    self._columns: dict[str, np.ndarray] = {}
     self._lock = threading.Lock()
 
   def __getstate__(self) -> dict[str, Any]:
-    return {
-      k: v for k, v in self.__dict__.items() if k not in ("_source", "_lock")
-    }
+    made_here = ("_source", "_columns", "_lock")
+    return {k: v for k, v in self.__dict__.items() if k not in made_here}
 
   def __setstate__(self, state: dict[str, Any]) -> None:
     self.__dict__.update(state)
@@ -162,14 +161,20 @@ class Split:
           )
     return Record(self._source[int(number)])
 
-  @functools.cached_property
-  def index(self) -> dict[str, np.ndarray]:
-    """Ids, labels and lengths of all clips; see `data_prep/builder.py`."""
+  def column(self, name: str) -> np.ndarray:
+    """One value of every clip, from the index beside the records.
+
+    Args:
+      name: `id`, `seconds`, `has_audio`, `has_video`; `label` holds the labels
+        of all clips in a row, `label_ends` where each clip's end.
+    """
     path = self.folder / f"index_{self.name}.npz"
-    if not path.exists():
-      raise InputError(f"{path} is missing; build the data set again")
-    with np.load(path) as arrays:
-      return dict(arrays)
+    if name not in self._columns:
+      if not path.exists():
+        raise InputError(f"{path} is missing; build the data set again")
+      with np.load(path) as arrays:
+        self._columns[name] = arrays[name]
+    return self._columns[name]
 
   def label_weights(self) -> np.ndarray:
     """float64 [clips]: sum over a clip's labels of 1 / clips with the label.
@@ -177,8 +182,8 @@ class Split:
     The weights of the public AudioSet recipes (PSLA, AST, CAV-MAE), which
     scale them by 1000.
     """
-    ends = self.index["label_ends"][: self._count]
-    labels = self.index["label"][: ends[-1]]
+    ends = self.column("label_ends")[: self._count]
+    labels = self.column("label")[: ends[-1]]
     counts = np.bincount(labels)
     sums = np.concatenate([[0.0], np.cumsum(1.0 / counts[labels])])
     return np.diff(sums[np.concatenate([[0], ends])])
