@@ -19,12 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jaxtyping import Array, Float
 
 from avjax import trees
 from avjax.errors import InputError, lookup, unknown
 from avjax.methods.base import ParamInfo, Params
 
-Schedule = Callable[[Any], jax.Array]  # step -> learning rate
+Schedule = Callable[[Any], Any]  # step -> Float[Array, ""], the learning rate
 
 # Parameters of this group never train and own no moments, unless a multiplier
 # is set for it: fixed position tables, a branch that no pass uses.
@@ -69,9 +70,7 @@ def schedule(
     raise InputError(
       f"schedule: the warm-up takes {warmup} steps, the run {total_steps}"
     )
-  peak = section.base_lr
-  if section.lr_batch:
-    peak = peak * batch_size / section.lr_batch
+  peak = section.base_lr * batch_size / (section.lr_batch or batch_size)
 
   def cosine(step):
     decay = optax.cosine_decay_schedule(1.0, max(total_steps - warmup, 1))
@@ -152,7 +151,7 @@ class Optimizer:
     state: Mapping[str, Any],
     params: Params,
     trainable: Mapping[str, Any] | None = None,
-  ) -> tuple[Params, dict[str, Any], dict[str, jax.Array]]:
+  ) -> tuple[Params, dict[str, Any], dict[str, Float[Array, ""]]]:
     """One step.
 
     Args:
@@ -373,7 +372,7 @@ def accumulate(
   params: Params,
   batch: Mapping[str, Any],
   n: int,
-) -> tuple[tuple[jax.Array, dict[str, Any]], Params]:
+) -> tuple[tuple[Float[Array, ""], dict[str, Any]], Params]:
   """Loss, aux and gradient of a batch, computed in `n` parts one by one.
 
   Part i holds the examples i, i+n, i+2n, …, so a batch that is sharded over
@@ -429,9 +428,8 @@ def accumulate(
 
 
 def _zeros(like):
-  flag = like.dtype == jnp.bool_
-  dtype = like.dtype if flag else jnp.promote_types(like.dtype, jnp.float32)
-  return jnp.zeros(like.shape, dtype)
+  least = jnp.bool_ if like.dtype == jnp.bool_ else jnp.float32
+  return jnp.zeros(like.shape, jnp.promote_types(like.dtype, least))
 
 
 # --- Weight averaging --------------------------------------------------------
