@@ -123,7 +123,11 @@ def _media(folder: pathlib.Path) -> pathlib.Path:
 def _lock(path: pathlib.Path) -> Iterator[None]:
   """Waits for other processes; the system frees it when a process ends."""
   with path.open("w") as file:
-    fcntl.flock(file, fcntl.LOCK_EX)
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      print(f"another process makes {path.parent}; waiting", file=sys.stderr)
+      fcntl.flock(file, fcntl.LOCK_EX)
     yield
 
 
