@@ -3,6 +3,7 @@
 from setuptools import find_packages, setup
 
 TEST = [
+  "apache-beam>=2.60",
   "beartype>=0.19",
   "kaldi-native-fbank>=1.22",
   "ipykernel>=6",

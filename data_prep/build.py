@@ -12,6 +12,7 @@ import sys
 from absl import app, flags
 
 from avjax import config
+from avjax.data import media
 from avjax.data.datasets import VARIANTS
 from avjax.errors import InputError, lookup
 
@@ -48,6 +49,34 @@ WORKERS = flags.DEFINE_integer(
 REFUSE = flags.DEFINE_list(
   "refuse", [], "Clips to leave out: 'no audio', 'no video', 'damaged'."
 )
+FRAME_RATE = flags.DEFINE_float(
+  "frame_rate", media.VIDEO_RATE, "Frames/s stored, or chosen from."
+)
+SHORT_SIDE = flags.DEFINE_integer(
+  "short_side", 256, "Shorter side of stored frames at most, pixels."
+)
+QUALITY = flags.DEFINE_integer("quality", 85, "Of JPEG frames, 1..100.")
+AUDIO_RATE = flags.DEFINE_integer("audio_rate", 16_000, "Samples/s stored.")
+CHANNELS = flags.DEFINE_enum(
+  "channels", "mean", list(media.CHANNELS), "One channel out of several."
+)
+MIN_SECONDS = flags.DEFINE_float(
+  "min_seconds", 0.1, "Shorter clips are 'too short'."
+)
+MAX_SECONDS = flags.DEFINE_float(
+  "max_seconds", media.Limits.seconds, "Longer clips are 'corrupt'."
+)
+MAX_PIXELS = flags.DEFINE_integer(
+  "max_pixels", media.Limits.pixels, "Clips of larger pictures are 'corrupt'."
+)
+MAX_FRAMES = flags.DEFINE_integer(
+  "max_frames", media.Limits.frames, "Clips of more frames are 'corrupt'."
+)
+BEAM = flags.DEFINE_list(
+  "beam_pipeline_options",
+  None,
+  "Build by Apache Beam (extra `beam`): runner=DataflowRunner,project=…",
+)
 OVERWRITE = flags.DEFINE_bool("overwrite", False, "Replace an earlier build.")
 
 
@@ -73,17 +102,30 @@ def build(builder_class: type, section: config.ConfigDict) -> pathlib.Path:
   from avjax.data import datasets
   from data_prep import builder
 
-  media = pathlib.Path(MEDIA.value).expanduser()
-  if not MEDIA.value or not media.is_dir():
+  folder = pathlib.Path(MEDIA.value).expanduser()
+  if not MEDIA.value or not folder.is_dir():
     raise InputError(f"--media={MEDIA.value} is not a folder")
   annotations = pathlib.Path(ANNOTATIONS.value).expanduser()
   if ANNOTATIONS.value and not annotations.exists():
     raise InputError(f"--annotations={ANNOTATIONS.value} does not exist")
+  limits = media.Limits(
+    seconds=MAX_SECONDS.value,
+    pixels=MAX_PIXELS.value,
+    frames=MAX_FRAMES.value,
+  )
   options = builder.Options(
-    media=media,
+    media=folder,
     annotations=annotations if ANNOTATIONS.value else None,
     workers=WORKERS.value,
     refuse=tuple(REFUSE.value),
+    frame_rate=FRAME_RATE.value,
+    short_side=SHORT_SIDE.value,
+    audio_rate=AUDIO_RATE.value,
+    channels=CHANNELS.value,
+    quality=QUALITY.value,
+    min_seconds=MIN_SECONDS.value,
+    limits=limits,
+    beam=None if BEAM.value is None else tuple(BEAM.value),
   )
   return builder.build(
     builder_class,

@@ -13,7 +13,6 @@ that is built adds the rows whose files have come since.
 import contextlib
 import dataclasses
 import fcntl
-import functools
 import hashlib
 import io
 import json
@@ -22,54 +21,19 @@ import pathlib
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import tensorflow_datasets as tfds
-from tensorflow_datasets.core import example_serializer
 
 from avjax.config import differences
 from avjax.data.datasets import VARIANTS
-from avjax.errors import InputError, lookup, unknown
-from data_prep import decode, parts, progress, stored
+from avjax.errors import InputError, lookup
+from data_prep import decode, parts, progress, recorder, stored
+from data_prep.recorder import Options
 from data_prep.stored import Row
 
 OUTCOMES = parts.OUTCOMES
-
-REFUSABLE = ("no audio", "no video", "damaged")
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-  """How a data set is built.
-
-  Attributes:
-    media: folder that the rows' files are relative to.
-    annotations: file or folder that the rows come from; None = in `media`.
-    workers: decoding processes; 0 = none, -1 = one a core.
-    refuse: which of 'no audio', 'no video' and 'damaged' keep a clip out;
-      otherwise it is built, and `has_audio`, `has_video` say what it lacks.
-    short_side: of stored frames; smaller ones stay as they are.
-    audio_rate: of stored sound.
-    quality: of JPEG frames.
-    min_seconds: shorter clips are 'too short'.
-    settings: saved in the metadata, to tell builds apart.
-  """
-
-  media: pathlib.Path
-  annotations: pathlib.Path | None = None
-  workers: int = -1
-  refuse: tuple[str, ...] = ()
-  short_side: int = 256
-  audio_rate: int = 16_000
-  quality: int = 85
-  min_seconds: float = 0.1
-  settings: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-
-  def __post_init__(self):
-    for name in self.refuse:
-      if name not in REFUSABLE:
-        raise unknown("reason to refuse a clip", name, REFUSABLE)
 
 
 class ClipBuilder(
@@ -90,10 +54,15 @@ class ClipBuilder(
 
   def __init__(self, *, options: Options, **kwargs: Any):
     self.options = options
+    self.recorder: recorder.Recorder | None = None
     self.parts: list[parts.Part] = []
+    self.late: dict[str, list[Row]] = {}
     self.former: parts.Former | None = None
     self.tallies: dict[str, parts.Tally] = {}
     super().__init__(file_format="array_record", **kwargs)
+    self.recorder = recorder.Recorder(
+      options, self.builder_config.name, self.classes()
+    )
 
   def classes(self) -> dict[str, Sequence[str]]:
     """Class names of the heads `label`, `verb`, `noun` and `segment`.
@@ -139,8 +108,8 @@ class ClipBuilder(
           self.tallies[split].lists["duplicate"].append(row.id)
           continue
         seen.add(row.id)
-        self._labels(row)
-        self._task(row)
+        self.recorder.labels(row)
+        self.recorder.task(row)
         result[split].append(row)
     return result
 
@@ -162,11 +131,22 @@ class ClipBuilder(
         row
         for row in some
         if row.id not in settled
-        or (row.id in missing and os.path.exists(self._task(row).path))
+        or (row.id in missing and os.path.exists(self.recorder.task(row).path))
       ]
       tally.forget_missing(row.id for row in result[split])
       # Duplicates are counted anew.
       tally.lists["duplicate"] = []
+    return result
+
+  def late_rows(self) -> dict[str, list[Row]]:
+    """Rows that a stopped build missed the files of, which are there now."""
+    result: dict[str, list[Row]] = {}
+    for part in self.parts:
+      missing = part.tally().lists["missing file"] if part.finished else ()
+      ids = set(map(parts.identity, missing))
+      for row in part.rows:
+        if row.id in ids and os.path.exists(self.recorder.task(row).path):
+          result.setdefault(part.split, []).append(row)
     return result
 
   # --- Parts and shards ---
@@ -182,6 +162,8 @@ class ClipBuilder(
         self.tallies.setdefault(split, parts.Tally()).add(tally)
     for part in self.parts:
       tally = part.tally()
+      if not part.second:
+        tally.forget_missing(row.id for row in self.late.get(part.split, ()))
       self.tallies[part.split].add(tally)
       if tally.index:
         shards.setdefault(part.split, []).append((part.path, len(tally.index)))
@@ -191,7 +173,9 @@ class ClipBuilder(
     if not infos:
       for part in self.parts:
         part.note.unlink()
-      raise InputError(f"no clip of {self.name} could be built: {self.words()}")
+      raise InputError(
+        f"no clip of {self.name} could be built: {self.words()}{self.example()}"
+      )
     self.info.set_splits(tfds.core.splits.SplitDict(infos))
 
   def _make_parts(self) -> None:
@@ -200,37 +184,36 @@ class ClipBuilder(
     if len(todo) < len(self.parts):
       done = sum(len(part.rows) for part in self.parts) - len(rows)
       print(f"{self.name}: {done} rows are done already", file=sys.stderr)
-    results = self._results([self._task(row) for row in rows])
-    serializer = example_serializer.ExampleSerializer(
-      self.info.features.get_serialized_info()
+    if not rows:
+      return
+    if self.options.beam is None:
+      self._make_here(todo, rows)
+    else:
+      from data_prep import beam
+
+      made = beam.make(self.recorder, todo, self.options.beam)
+      for _ in progress.track(made, len(rows), self.name):
+        pass
+    work = sum(part.tally().work for part in todo)
+    print(
+      f"{self.name}: {len(rows)} rows in {work:.0f} s of one core, "
+      f"{len(rows) / max(work, 1e-3):.1f} clips/s/core",
+      file=sys.stderr,
     )
 
-    def record(row: Row, result: decode.Encoded) -> tuple[Any, parts.Tally]:
-      tally = parts.Tally()
-      if not self._accept(tally, row, result):
-        return None, tally
-      labels = self._labels(row)
-      tally.index.append(
-        (row.id, labels["label"], result.seconds, result.has_audio,
-         bool(result.frames))
-      )  # fmt: skip
-      example = self.info.features.encode_example(
-        {**stored.clip(row, result), **labels}
-      )
-      return serializer.serialize_example(example), tally
-
+  def _make_here(self, todo: Sequence[parts.Part], rows: Sequence[Row]) -> None:
+    """Decodes, in processes where that pays."""
+    workers = self.options.workers
+    # Starting a process costs as much as some clips.
+    workers = min(_cores() if workers < 0 else workers, len(rows) // 32)
+    tasks = [self.recorder.task(row) for row in rows]
+    results = decode.encode_all(tasks, workers=workers)
     with contextlib.closing(results):
       shown = progress.track(results, len(rows), self.name)
       for part in todo:
         some = parts.taken(shown, len(part.rows))
-        part.write(map(record, part.rows, some))
-
-  def _results(self, tasks: Sequence[decode.Task]) -> Iterator[decode.Encoded]:
-    """Decodes, in processes where that pays."""
-    workers = self.options.workers
-    # Starting a process costs as much as some clips.
-    workers = min(_cores() if workers < 0 else workers, len(tasks) // 32)
-    yield from decode.encode_all(tasks, workers=workers)
+        made = map(self.recorder.record, part.rows, some)
+        part.write(made, max(workers, 1))
 
   def _name(self, split: str, files: Sequence[Any]) -> tfds.core.SplitInfo:
     """Puts the files into their places."""
@@ -247,67 +230,6 @@ class ClipBuilder(
       filename_template=template,
     )
 
-  def _task(self, row: Row) -> decode.Task:
-    options = self.options
-    return decode.Task(
-      path=str(_inside(options.media, row.file, row.id)),
-      start=row.start,
-      end=row.end,
-      variant=self.builder_config.name,
-      short_side=options.short_side,
-      audio_rate=options.audio_rate,
-      quality=options.quality,
-    )
-
-  def _accept(
-    self, tally: parts.Tally, row: Row, result: decode.Encoded
-  ) -> bool:
-    """Records the outcome; true if the clip is to be stored."""
-    lists, refuse = tally.lists, self.options.refuse
-    silent, blind = not result.has_audio, not result.frames
-    problem, message = result.problem, result.message
-    if not problem and message and "damaged" in refuse:
-      problem = "corrupt"
-    elif not problem and result.seconds < self.options.min_seconds:
-      problem = "too short"
-      message = f"{result.seconds:.3f} s of {self.options.min_seconds:g} s"
-    elif not problem and silent and "no audio" in refuse:
-      problem = "no audio"
-    elif not problem and blind and "no video" in refuse:
-      problem = "no video"
-    if problem:
-      lists[problem].append([row.id, message] if message else row.id)
-      return False
-    lists["built"].append(row.id)
-    if message:
-      lists["damaged"].append([row.id, message])
-    if silent:
-      lists["silent"].append(row.id)
-    if blind:
-      lists["blind"].append(row.id)
-    return True
-
-  @functools.cached_property
-  def _numbers(self) -> dict[str, dict[str, int]]:
-    return {
-      head: {name: k for k, name in enumerate(names)}
-      for head, names in self.classes().items()
-    }
-
-  def _labels(self, row: Row) -> dict[str, Any]:
-    """Class numbers of a row's names."""
-    tables = self._numbers
-
-    def number(head: str, name: str) -> int:
-      return lookup(tables.get(head, {}), name, f"{head} of clip {row.id!r}")
-
-    return {
-      "label": [number("label", name) for name in row.labels],
-      "verb": number("verb", row.verb) if row.verb else -1,
-      "noun": number("noun", row.noun) if row.noun else -1,
-      "segment": [number("segment", name) for name in row.segments],
-    }
-
   def words(self) -> str:
     """Counts of the outcomes of all splits, as one line."""
     total = Counter()
@@ -315,10 +237,20 @@ class ClipBuilder(
       total.update(tally.counts())
     return ", ".join(f"{n} {name}" for name, n in total.items() if n)
 
+  def example(self) -> str:
+    """Why one of the rows could not be built, of the most frequent kind."""
+    told = [
+      [entry for entry in tally.lists[name] if not isinstance(entry, str)]
+      for tally in self.tallies.values()
+      for name in OUTCOMES[1:]
+    ]
+    most = max(told, key=len, default=[])
+    return f"; {most[0][0]!r}: {most[0][1]}" if most else ""
+
   def settings(self) -> dict[str, Any]:
     """All that a record depends on but its row and its file."""
     options = dataclasses.asdict(self.options)
-    for name in ("media", "annotations", "workers"):
+    for name in ("media", "annotations", "workers", "beam"):
       del options[name]
     classes = json.dumps(self.classes()).encode()
     options["classes"] = hashlib.sha256(classes).hexdigest()[:16]
@@ -377,6 +309,8 @@ def build(
       return target
     fingerprint = json.dumps(maker.settings()) + variant
     maker.parts = parts.plan(rows, work, fingerprint)
+    maker.late = maker.late_rows()
+    maker.parts += parts.plan(maker.late, work, fingerprint, second=True)
     tfds.disable_progress_bar()
     with contextlib.redirect_stdout(io.StringIO()):  # TFDS is talkative
       maker.download_and_prepare()
@@ -421,6 +355,10 @@ def _former(target: pathlib.Path, maker: ClipBuilder) -> parts.Former:
   info = tfds.builder_from_directory(target).info
   former = parts.read(target, info.splits)
   rows = differences(former.options, maker.settings())
+  if any(row.startswith("classes:") for row in rows):
+    old = info.metadata["classes"]
+    rows = [row for row in rows if not row.startswith("classes:")]
+    rows += _class_changes(old, maker.classes())
   if rows:
     raise InputError(
       f"{target} exists, built with other options (there -> asked): "
@@ -429,13 +367,22 @@ def _former(target: pathlib.Path, maker: ClipBuilder) -> parts.Former:
   return former
 
 
-def _inside(media: pathlib.Path, file: str, name: str) -> pathlib.Path:
-  """The row's file, which must not lie outside the media folder."""
-  root = os.path.abspath(media)
-  path = os.path.abspath(os.path.join(root, file))
-  if os.path.commonpath([root, path]) != root:
-    raise InputError(f"clip {name!r}: {file!r} is not inside {media}")
-  return pathlib.Path(path)
+def _class_changes(
+  old: dict[str, Sequence[str]], new: dict[str, Sequence[str]]
+) -> list[str]:
+  """What differs, for a person to read."""
+  rows = []
+  for head in sorted({*old, *new}):
+    before, after = list(old.get(head, ())), list(new.get(head, ()))
+    gone = sorted(set(before) - set(after))
+    come = sorted(set(after) - set(before))
+    if before == after:
+      continue
+    words = [f"{len(before)} classes of {head} -> {len(after)}"]
+    words += [f"new: {', '.join(map(repr, come[:5]))}"] if come else []
+    words += [f"gone: {', '.join(map(repr, gone[:5]))}"] if gone else []
+    rows.append("; ".join(words if come or gone else [*words, "reordered"]))
+  return rows
 
 
 def _cores() -> int:

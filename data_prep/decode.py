@@ -38,12 +38,15 @@ class Task:
   """
 
   path: str
-  start: float
-  end: float | None
-  variant: str
-  short_side: int
-  audio_rate: int
-  quality: int
+  start: float = 0.0
+  end: float | None = None
+  variant: str = "video"
+  frame_rate: float = media.VIDEO_RATE
+  short_side: int = 256
+  audio_rate: int = 16_000
+  channels: str = "mean"
+  quality: int = 85
+  limits: media.Limits = media.Limits()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,15 +88,18 @@ def encode(task: Task) -> Encoded:
       task.path,
       start=task.start,
       end=task.end,
+      frame_rate=task.frame_rate,
       short_side=task.short_side,
       audio_rate=task.audio_rate,
+      channels=task.channels,
+      limits=task.limits,
     )
   except media.Unreadable as error:
     return Encoded(error.reason, str(error))
   except InputError as error:
     return Encoded("corrupt", str(error))
   pictures = [] if clip.frames is None else list(clip.frames)
-  pictures, rate = media.spread(pictures, task.variant)
+  pictures, rate = media.spread(pictures, task.variant, task.frame_rate)
   jpeg = functools.partial(
     simplejpeg.encode_jpeg,
     quality=task.quality,

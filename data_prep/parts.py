@@ -12,11 +12,14 @@ import json
 import os
 import pathlib
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from array_record.python import array_record_module
+
+from data_prep import stored
 
 # Every annotation row ends as exactly one of these.
 OUTCOMES = (
@@ -44,18 +47,21 @@ class Tally:
   Attributes:
     lists: outcome or remark -> ids, or [id, reason].
     index: (id, labels, seconds, has_audio, has_video) of the built clips.
+    work: seconds of one core that the rows took.
   """
 
   lists: dict[str, list[Any]] = dataclasses.field(
     default_factory=lambda: {name: [] for name in (*OUTCOMES, *REMARKS)}
   )
   index: list[Sequence[Any]] = dataclasses.field(default_factory=list)
+  work: float = 0.0
 
   def add(self, other: "Tally") -> None:
     """Appends another tally's rows."""
     for name, entries in other.lists.items():
       self.lists[name] += entries
     self.index += other.index
+    self.work += other.work
 
   def counts(self) -> dict[str, int]:
     """Rows by outcome."""
@@ -104,11 +110,16 @@ def identity(entry: Any) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-  """Consecutive rows of a split and where their records go."""
+  """Consecutive rows of a split and where their records go.
+
+  Attributes:
+    second: the rows were in another part, which did not find their files.
+  """
 
   split: str
   rows: Sequence[Any]
   path: pathlib.Path
+  second: bool = False
 
   @property
   def note(self) -> pathlib.Path:
@@ -120,13 +131,16 @@ class Part:
     """The part need not be made again."""
     return self.note.exists()
 
-  def write(self, results: Iterable[tuple[bytes | None, Tally]]) -> None:
+  def write(
+    self, results: Iterable[tuple[bytes | None, Tally]], cores: int = 1
+  ) -> None:
     """Writes the records, then the note.
 
     Args:
       results: of each row the record, or None, and a tally of that row alone.
+      cores: that are at work meanwhile.
     """
-    tally = Tally()
+    tally, began = Tally(), time.perf_counter()
     temporary = self.path.with_suffix(".tmp")
     # Records are not compressed, JPEG and sound do not shrink: they are read
     # in half the time and written in a seventh of it.
@@ -141,6 +155,7 @@ class Part:
     finally:
       writer.close()
     temporary.replace(self.path)
+    tally.work = cores * (time.perf_counter() - began)
     note = self.note.with_suffix(".json.tmp")
     note.write_text(json.dumps(dataclasses.asdict(tally)))
     note.replace(self.note)
@@ -149,9 +164,27 @@ class Part:
     """What became of the rows of a finished part."""
     return Tally(**json.loads(self.note.read_text()))
 
+  def write_rows(self) -> pathlib.Path:
+    """Writes the rows to a file; `read_rows` makes the part of it again."""
+    path = self.path.with_suffix(".rows")
+    rows = [dataclasses.asdict(row) for row in self.rows]
+    path.write_text(json.dumps({"split": self.split, "rows": rows}))
+    return path
+
+
+def read_rows(path: pathlib.Path) -> Part:
+  """The part that wrote this file."""
+  stored_part = json.loads(path.read_text())
+  rows = [stored.row(values) for values in stored_part["rows"]]
+  return Part(stored_part["split"], rows, path.with_suffix(".array_record"))
+
 
 def plan(
-  rows: Mapping[str, Sequence[Any]], folder: pathlib.Path, fingerprint: str
+  rows: Mapping[str, Sequence[Any]],
+  folder: pathlib.Path,
+  fingerprint: str,
+  *,
+  second: bool = False,
 ) -> list[Part]:
   """Parts in the order of the rows.
 
@@ -159,14 +192,16 @@ def plan(
     rows: by split.
     folder: where the parts lie.
     fingerprint: of all else that a record depends on.
+    second: see `Part`.
   """
   parts = []
   for split, whole in rows.items():
     for first in range(0, len(whole), ROWS):
       some = whole[first : first + ROWS]
-      key = hashlib.sha256(repr((fingerprint, some)).encode()).hexdigest()
+      facts = repr((fingerprint, some, second))
+      key = hashlib.sha256(facts.encode()).hexdigest()
       path = folder / f"{split}-{key[:16]}.array_record"
-      parts.append(Part(split, some, path))
+      parts.append(Part(split, some, path, second))
   return parts
 
 

@@ -28,11 +28,10 @@ from data_prep.progress import track
 
 # What a damaged record raises; avjax/data/pipeline.py skips the same.
 UNREADABLE = (ValueError, IndexError, OSError, RuntimeError)
-# Keys of `config.data.fbank` that say how values are made. `edges` is not
-# among them: only frames that lie in the sound wholly are counted.
-FRONT_END = tuple(
-  key for key in config.FBANK if key not in ("mean", "std", "edges")
-)
+# Keys of `config.data.fbank` that say how values are made. `edges` and `frames`
+# are not among them: only frames that lie in the sound wholly are counted.
+_NOT_FRONT_END = ("mean", "std", "edges", "frames", "remove_mean")
+FRONT_END = tuple(key for key in config.FBANK if key not in _NOT_FRONT_END)
 _BLOCK = 256  # clips handed to the threads at a time
 _LISTED = 5  # skipped clips that are printed; the file holds all
 

@@ -1,7 +1,7 @@
 """An annotation row, and what is stored of its clip."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,12 @@ class Row:
   captions: Sequence[str] = ()
   event: tuple[float, float] | None = None
   things: Sequence[Thing] = ()
+
+
+def row(values: Mapping[str, Any]) -> Row:
+  """The inverse of `dataclasses.asdict`, by way of JSON too."""
+  things = [Thing(**thing) for thing in values["things"]]
+  return Row(**{**values, "things": things})
 
 
 def features() -> dict[str, Any]:

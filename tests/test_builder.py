@@ -1,5 +1,6 @@
 """A tiny data set is built from awkward files, read back, and reported."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -10,8 +11,10 @@ import numpy as np
 import pytest
 import simplejpeg
 import tensorflow_datasets as tfds
+from scipy.io import wavfile
 
 from avjax import config
+from avjax.data.media import Limits
 from avjax.errors import InputError
 from data_prep import av_demo, builder, decode, stored
 from tests.test_media import write_file
@@ -186,8 +189,8 @@ def test_clips_may_be_refused_and_workers_change_nothing(
 
 
 def test_crashed_worker_costs_one_clip(media, monkeypatch):
-  task = decode.Task(str(media / "a.mp4"), 0.0, 0.2, "video", 0, 16_000, 85)
-  device = decode.Task("/dev/stdin", 0.0, 0.2, "video", 0, 16_000, 85)
+  task = decode.Task(str(media / "a.mp4"), end=0.2)
+  device = decode.Task("/dev/stdin", end=0.2)
   start = decode._Pool._start
   crashes = iter([True, False])
 
@@ -207,7 +210,9 @@ def test_crashed_worker_costs_one_clip(media, monkeypatch):
 
 
 def test_frames10_are_spread_over_the_clip(media):
-  task = decode.Task(str(media / "a.mp4"), 0.0, None, "frames10", 24, 8_000, 85)
+  task = decode.Task(
+    str(media / "a.mp4"), variant="frames10", short_side=24, audio_rate=8_000
+  )
   result = decode.encode(task)
   assert len(result.frames) == 10
   assert result.frame_rate == pytest.approx(5.0)
@@ -241,6 +246,47 @@ def test_built_set_is_not_replaced_by_accident(built, media):
     InputError, match="exists, built with other options.*note.*pass --overwrite"
   ):
     builder.build(Tiny, options, data_dir=built.parents[2])
+
+
+def test_limits_say_which_clip_and_both_numbers(media, tmp_path):
+  limits = Limits(seconds=0.3)
+  with pytest.raises(
+    InputError, match=r"no clip .*'-full': .*a.mp4: 0.\d+ seconds; .* is 0.3"
+  ):
+    builder.build(
+      Tiny, builder.Options(media=media, limits=limits), data_dir=tmp_path
+    )
+
+
+@pytest.mark.parametrize(
+  "option, words",
+  [
+    ({"quality": 101}, "quality=101 is not in 1..100"),
+    ({"short_side": 0}, "short_side=0 is not in"),
+    ({"channels": "frist"}, "Did you mean 'first'"),
+  ],
+)
+def test_options_out_of_range(media, option, words):
+  with pytest.raises(InputError, match=words):
+    builder.Options(media=media, **option)
+
+
+def test_first_channel_and_frame_rate(tmp_path):
+  rate = 16_000
+  left = (6_000 * np.sin(np.arange(rate) * 0.2)).astype(np.int16)
+  stereo = np.stack([left, np.zeros_like(left)], axis=1)
+  wavfile.write(tmp_path / "a.wav", rate, stereo)
+  task = decode.Task(str(tmp_path / "a.wav"))
+  first = decode.encode(dataclasses.replace(task, channels="first")).waveform
+  mean = decode.encode(task).waveform
+  np.testing.assert_array_equal(first, left)
+  np.testing.assert_allclose(mean, left / 2, atol=1)
+
+
+def test_frames_are_stored_at_the_asked_rate(media):
+  task = decode.Task(str(media / "a.mp4"), end=1.0, frame_rate=5.0)
+  result = decode.encode(task)
+  assert (len(result.frames), result.frame_rate) == (5, 5.0)
 
 
 def test_unknown_reason_to_refuse(media):

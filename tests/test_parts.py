@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -85,10 +86,10 @@ def test_killed_build_goes_on_with_the_next_part(media, tmp_path, monkeypatch):
     "from data_prep import parts\n"
     "from tests import test_parts\n"
     "parts.ROWS, write = 2, parts.Part.write\n"
-    "def dying(part, results):\n"
+    "def dying(part, results, cores):\n"
     "  if part.split == 'test':\n"
     "    os.kill(os.getpid(), signal.SIGKILL)\n"
-    "  write(part, results)\n"
+    "  write(part, results, cores)\n"
     "parts.Part.write = dying\n"
     "media, folder = map(pathlib.Path, sys.argv[1:])\n"
     "test_parts.build(media, folder)\n"
@@ -111,10 +112,10 @@ def test_killed_build_goes_on_with_the_next_part(media, tmp_path, monkeypatch):
 def test_other_options_do_not_use_the_parts(media, tmp_path, monkeypatch):
   write = parts.Part.write
 
-  def interrupted(part, results):
+  def interrupted(part, results, cores):
     if part.split == "test":
       raise KeyboardInterrupt
-    write(part, results)
+    write(part, results, cores)
 
   with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
     patch.setattr(parts.Part, "write", interrupted)
@@ -157,6 +158,44 @@ def test_second_run_adds_what_was_missing(media, tmp_path, monkeypatch, capsys):
   assert build(some, tmp_path) == built
   assert len(found) == 3
   assert "has all there is" in capsys.readouterr().err
+
+
+def test_stopped_build_adds_what_has_come_since(media, tmp_path, monkeypatch):
+  some, write = tmp_path / "media", parts.Part.write
+  shutil.copytree(media, some)
+  (some / f"{NAMES[1]}.mp4").unlink()
+
+  def interrupted(part, results, cores):
+    if part.split == "test":
+      raise KeyboardInterrupt
+    write(part, results, cores)
+
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(parts.Part, "write", interrupted)
+    build(some, tmp_path)
+  shutil.copy(media / f"{NAMES[1]}.mp4", some)
+  found = decoded(monkeypatch)
+  built = build(some, tmp_path)
+  assert found == [f"{name}.mp4" for name in (*NAMES[5:], NAMES[1])]
+  entry = report(built)["train"]
+  assert entry["rows"] == entry["counts"]["built"] == 5
+  assert records(built)[4][0] == NAMES[1]
+
+
+def test_added_class_is_named(media, tmp_path, monkeypatch):
+  build(media, tmp_path)
+  more = {"label": ("cat", "dog", "yak")}
+  monkeypatch.setattr(Tiny, "classes", lambda self: more)
+  with pytest.raises(InputError, match="2 classes of label -> 3; new: 'yak'"):
+    build(media, tmp_path)
+
+
+def test_rate_is_printed(media, tmp_path, capsys):
+  build(media, tmp_path)
+  assert re.search(
+    r"folder: 7 rows in \d+ s of one core, [\d.]+ clips/s/core",
+    capsys.readouterr().err,
+  )
 
 
 def test_set_that_was_put_aside_comes_back(media, tmp_path, monkeypatch):

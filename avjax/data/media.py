@@ -8,7 +8,7 @@ import contextlib
 import dataclasses
 import math
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import av
@@ -16,12 +16,18 @@ import librosa
 import numpy as np
 from jaxtyping import Float, Int16, UInt8
 
-from avjax.errors import InputError
+from avjax.errors import InputError, lookup
 
 # How data sets are stored: frames/s of the variant `video`, and the number of
 # frames of `frames10`.
 VIDEO_RATE = 12.5
 SPREAD = 10
+
+# What becomes of several channels of sound.
+CHANNELS = {
+  "mean": lambda samples: samples.mean(axis=0, dtype=np.float64),
+  "first": lambda samples: samples[0].astype(np.float64),
+}
 
 # Sound whose time stamps are off by less than this is taken as continuous:
 # containers round them, and decoders count their own priming differently.
@@ -88,14 +94,15 @@ def read_clip(
   frame_rate: float = VIDEO_RATE,
   short_side: int = 256,
   audio_rate: int = 16_000,
+  channels: str = "mean",
   tracks: str = "av",
   limits: Limits | None = None,
 ) -> Clip:
   """Reads seconds [start, end) of a media file, in one thread.
 
   Frames are the nearest in time to start + i / frame_rate, turned upright
-  (display matrix) and stretched to square pixels. Channels are averaged, then
-  resampled by soxr. Nothing is padded: a file that ends early gives less.
+  (display matrix) and stretched to square pixels. Channels become one, which
+  soxr resamples. Nothing is padded: a file that ends early gives less.
 
   Args:
     path: a local file; never taken as a URL.
@@ -105,13 +112,15 @@ def read_clip(
     short_side: pictures whose shorter side is longer are reduced to it; 0 =
       never.
     audio_rate: samples a second in the result.
+    channels: name in CHANNELS: their mean, or the first one alone.
     tracks: which to decode: 'a', 'v' or 'av'.
     limits: the default ones if None.
 
   Raises:
     Unreadable: no such file, not a media file, nothing of it decodes, or
       nothing of it lies in the asked part.
-    InputError: it exceeds `limits` (both numbers are named).
+    InputError: it exceeds `limits` (both numbers are named), or `channels` is
+      unknown.
   """
   path, limits = pathlib.Path(path), limits or Limits()
   if end is not None and end <= start:
@@ -119,7 +128,8 @@ def read_clip(
   if not path.is_file():
     raise Unreadable("missing file", f"{path} is not a file")
   part = _Part(path, start, math.inf if end is None else end - start, limits)
-  options = (frame_rate, short_side, audio_rate, tracks)
+  mix = lookup(CHANNELS, channels, "channels")
+  options = (frame_rate, short_side, audio_rate, mix, tracks)
   try:
     readers, notes = _read(part, options, seek=start > 0)
     if start > 0 and any(r.first > _LATE for r in readers):
@@ -154,7 +164,7 @@ class _Part:
       raise InputError(f"{self.path}: {value:g} {what}; the limit is {limit:g}")
 
 
-def _readers(container, part, frame_rate, short_side, audio_rate, tracks):
+def _readers(container, part, frame_rate, short_side, audio_rate, mix, tracks):
   """Readers by stream index, of the first stream of each kind."""
   # Streams that begin at, say, 1.4 s (MPEG-TS) share that origin.
   origin = max(container.start_time or 0, 0) / av.time_base + part.start
@@ -168,7 +178,7 @@ def _readers(container, part, frame_rate, short_side, audio_rate, tracks):
     )
   if "a" in tracks and container.streams.audio:
     stream = container.streams.audio[0]
-    readers[stream.index] = _Samples(stream, part, origin, audio_rate)
+    readers[stream.index] = _Samples(stream, part, origin, audio_rate, mix)
   if not readers:
     raise Unreadable(
       "corrupt", f"{part.path} has none of the tracks {tracks!r}"
@@ -346,8 +356,9 @@ def _upright(picture, turn):
 class _Samples:
   """Collects mono samples at the file's rate, gaps filled with silence."""
 
-  def __init__(self, stream, part, origin, rate):
+  def __init__(self, stream, part, origin, rate, mix):
     self.stream, self.failures, self.done = stream, 0, False
+    self._mix = mix
     self.first = math.inf  # seconds from the start, of what was decoded first
     self._part, self._origin, self._target = part, origin, rate
     self._chunks: list[np.ndarray] = []
@@ -357,7 +368,7 @@ class _Samples:
 
   def add(self, frame: Any) -> None:
     self.failures += frame.is_corrupt
-    mono = _mono(frame)
+    mono = _mono(frame, self._mix)
     self.rate = self.rate or frame.sample_rate
     if frame.sample_rate != self.rate:  # the file changes its mind
       mono = librosa.resample(
@@ -405,8 +416,8 @@ class _Samples:
     return np.clip(scaled, -32_768, 32_767).astype(np.int16)
 
 
-def _mono(frame: Any) -> Float[np.ndarray, "s"]:
-  """The mean of the channels, in -1..1."""
+def _mono(frame: Any, mix: Callable) -> Float[np.ndarray, "s"]:
+  """One channel, in -1..1."""
   samples = frame.to_ndarray()
   if not frame.format.is_planar:
     samples = samples.reshape(-1, frame.layout.nb_channels).T
@@ -414,7 +425,7 @@ def _mono(frame: Any) -> Float[np.ndarray, "s"]:
     samples = samples.astype(np.float32) / 128 - 1
   elif samples.dtype.kind == "i":
     samples = samples / float(-np.iinfo(samples.dtype).min)
-  mono = samples.mean(axis=0, dtype=np.float64)
+  mono = mix(samples)
   # A broken stream may hold anything.
   return np.nan_to_num(mono, posinf=0.0, neginf=0.0).astype(np.float32)
 
@@ -441,13 +452,15 @@ def _clip(part: _Part, readers: list[Any], notes: tuple[str, ...]) -> Clip:
   )
 
 
-def spread(frames: Sequence[Any], variant: str) -> tuple[list[Any], float]:
-  """Frames at 12.5 a second -> those that a variant keeps, and their rate.
+def spread(
+  frames: Sequence[Any], variant: str, rate: float = VIDEO_RATE
+) -> tuple[list[Any], float]:
+  """Frames at `rate` a second -> those that a variant keeps, and their rate.
 
   `frames10` keeps those at i/10 of the clip, as the public CAV-MAE code does.
   """
   count = len(frames)
   if variant != "frames10" or not count:
-    return list(frames), VIDEO_RATE
+    return list(frames), rate
   chosen = [frames[i * count // SPREAD] for i in range(SPREAD)]
-  return chosen, VIDEO_RATE * SPREAD / count
+  return chosen, rate * SPREAD / count
