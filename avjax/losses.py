@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Num, Shaped
 
 from avjax.data.augment import mixup
+from avjax.errors import InputError
 
 
 def weighted_mean(
@@ -54,6 +55,32 @@ def mix_labels(
       the weights differ.
   """
   return mixup(labels, weight)
+
+
+def assign_labels(
+  labels: Float[Array, "b *k"],
+  smoothing: float,
+  weight: Float[Array, "b"] | None = None,
+) -> Float[Array, "b *k"]:
+  """Soft labels of CAV-MAE and what derives from it (public code).
+
+  Every class starts at e/k. Unmixed, the labels of the example are *set* to
+  1-e. Mixed, w (1-e) is *added* for its labels and (1-w) (1-e) for those of
+  its partner, so one label each sums to 1.
+
+  Args:
+    labels: of the unmixed batch.
+    smoothing: e.
+    weight: `mix/audio` or `mix/video`, 1 = not mixed; None mixes nothing.
+  """
+  labels = labels.astype(jnp.float32)
+  base = smoothing / labels.shape[-1]
+  alone = jnp.where(labels > 0, labels * (1 - smoothing), base)
+  if weight is None:
+    return alone
+  mixed = base + (1 - smoothing) * mix_labels(labels, weight)
+  unmixed = (weight == 1).reshape(-1, *[1] * (labels.ndim - 1))
+  return jnp.where(unmixed, alone, mixed)
 
 
 # ---------------------------------------------------------------- classes
@@ -116,6 +143,70 @@ def multi_head(
   return jnp.stack(heads).mean(axis=0)
 
 
+# ---------------------------------------------------------------- contrast
+
+
+def unit(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+  """x / max(|x|, 1e-12) in float32; the gradient at zero is finite."""
+  x = x.astype(jnp.float32)
+  square = (x * x).sum(axis=-1, keepdims=True)
+  return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
+
+
+def contrastive(
+  anchors: Float[Array, "b d"],
+  candidates: Float[Array, "b d"],
+  temperature: float | Float[Array, ""],
+  *,
+  two_way: bool = False,
+  group_size: int = 0,
+  weights: Shaped[Array, "b"] | None = None,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+  """InfoNCE of pairs: for each anchor, a softmax over the candidates.
+
+  Args:
+    anchors: pooled vectors of any length; cosines are compared.
+    candidates: the pair of anchor i is candidate i.
+    temperature: what cosines are divided by.
+    two_way: the mean with the loss of candidates over anchors.
+    group_size: negatives come from the same `group_size` consecutive examples
+      alone; 0 = from the whole batch.
+    weights: an example of weight 0 is neither anchor nor candidate.
+
+  Returns:
+    The mean over the anchors, and the share of the anchors whose pair is the
+    most similar candidate.
+
+  Raises:
+    InputError: the batch is not divisible by the group size.
+  """
+  b, d = anchors.shape
+  size = group_size or b
+  if b % size:
+    raise InputError(
+      f"batch size {b} is not divisible by model.group_size {size}"
+    )
+  rows, columns = (unit(x).reshape(-1, size, d) for x in (anchors, candidates))
+  # Scaling the vectors costs b d, scaling the cosines b^2.
+  logits = jnp.einsum("gid,gjd->gij", rows / temperature, columns)
+  own = jnp.einsum("gid,gid->gi", rows / temperature, columns)
+  here = jnp.ones(rows.shape[:2], bool)
+  if weights is not None:
+    here = weights.reshape(here.shape) > 0
+  # Finite, so that groups without examples have finite gradients.
+  seen = jnp.where(here[:, None, :], logits, -1e9)
+  loss = jax.nn.logsumexp(seen, axis=2) - own
+  if two_way:
+    seen_back = jnp.where(here[:, :, None], logits, -1e9)
+    loss = (loss + jax.nn.logsumexp(seen_back, axis=1) - own) / 2
+  right = seen.argmax(axis=2) == jnp.arange(size)
+  flat = None if weights is None else weights.reshape(here.shape)
+  return (
+    weighted_mean(loss, flat),
+    weighted_mean(right.astype(jnp.float32), flat),
+  )
+
+
 # ---------------------------------------------------------------- pixels
 
 
@@ -125,7 +216,7 @@ def masked_mse(
   mask: Bool[Array, "b n"],
   weights: Shaped[Array, "b"] | None = None,
 ) -> Float[Array, ""]:
-  """AV-MAE's reconstruction loss of one modality (paper, equation 1).
+  """The reconstruction loss of one modality (AV-MAE, eq. 1; CAV-MAE).
 
   Squared error summed over the removed tokens of the batch, over their number
   (+1e-8), over the feature size: every removed token of the batch counts the

@@ -9,6 +9,8 @@ from avjax.methods.base import Method
 METHODS = {
   "avmae": "avjax.methods.avmae:AVMAE",
   "mbt": "avjax.methods.mbt:MBT",
+  "cavmae": "avjax.methods.cavmae:CAVMAE",
+  "cavmae_finetune": "avjax.methods.cavmae_finetune:CAVMAEFinetune",
 }
 
 

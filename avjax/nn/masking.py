@@ -37,6 +37,36 @@ def num_kept(n: int, ratio: float) -> int:
   return n - int(ratio * n)
 
 
+def whole_lines(
+  noise: Float[Array, "b n"],
+  keys: Keys,
+  grid: tuple[int, int],
+  *,
+  rows: int,
+  columns: int,
+) -> Float[Array, "b n"]:
+  """Noise in [0, 1), and 1 more in rows and columns drawn per example.
+
+  These tokens are then the last that are kept: where fewer tokens than are to
+  be kept lie outside them, random ones of them are kept as well.
+
+  Args:
+    noise: of the tokens of a grid in raster order.
+    keys: one per example.
+    grid: rows and columns of the grid.
+    rows: number of rows drawn.
+    columns: number of columns drawn.
+  """
+
+  def drawn(number, lines, count):
+    draws = example_noise(fold_in(keys, number), lines)
+    return removed(ids_keep(draws, lines - count), lines)
+
+  chosen = drawn(0, grid[0], rows)[:, :, None]
+  chosen = chosen | drawn(1, grid[1], columns)[:, None]
+  return noise + chosen.reshape(noise.shape)
+
+
 def ids_keep(noise: Float[Array, "b n"], kept: int) -> Int[Array, "b k"]:
   """The `kept` tokens of smallest noise, in ascending order of noise."""
   return _smallest(noise, kept)

@@ -128,7 +128,7 @@ def paste(
 
 
 def standardise(
-  x: Float[Array, "b n p"], m: str, kind: str
+  x: Float[Array, "b n p"], m: str, kind: str, *, ddof: int = 0
 ) -> tuple[Float[Array, "b n p"], Any, Any]:
   """Patches of mean 0 and variance 1 (AV-MAE's targets), and what undoes it.
 
@@ -136,8 +136,9 @@ def standardise(
     x: patches.
     m: 'video' or 'audio'.
     kind: 'patch', over a patch; 'channel', each colour of a tubelet by itself
-      and audio as it is; 'none'. The variance is the population's, with 1e-6
-      inside the root.
+      and audio as it is; 'none'. The variance has 1e-6 added inside the root.
+    ddof: 0 = the population's variance (AV-MAE), 1 = the unbiased one
+      (CAV-MAE).
 
   Returns:
     (x - mean) / deviation, mean, deviation.
@@ -146,7 +147,7 @@ def standardise(
     return x, 0.0, 1.0
   parts = x.reshape(*x.shape[:2], -1, 3 if kind == "channel" else 1)
   mean = parts.mean(2, keepdims=True)
-  deviation = jnp.sqrt(parts.var(2, keepdims=True) + 1e-6)
+  deviation = jnp.sqrt(parts.var(2, keepdims=True, ddof=ddof) + 1e-6)
   mean, deviation = (
     jnp.broadcast_to(s, parts.shape).reshape(x.shape) for s in (mean, deviation)
   )

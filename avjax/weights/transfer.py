@@ -1,5 +1,6 @@
 """Starts one model from another and accounts for every name on both sides."""
 
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
@@ -93,6 +94,53 @@ def channels(
   return None
 
 
+def time_axis(bands: int) -> Reshape:
+  """For a table [bands*t d] of frequency-major positions of another length.
+
+  The table is laid out as (bands, t, d). A shorter clip takes the first time
+  steps, a longer one interpolates linearly along time (cell centres, constant
+  beyond the outermost). Rows are never taken from the start of the flat
+  table: those would be the low frequencies alone.
+  """
+
+  def change(value, shape):
+    (rows, d), (wanted, width) = value.shape, shape
+    if d != width or rows % bands or wanted % bands:
+      return None
+    old, new = rows // bands, wanted // bands
+    table = value.reshape(bands, old, d)
+    how = "cut" if new < old else "linear"
+    table = table[:, :new] if new < old else _linear(table, new, axis=1)
+    words = f"time {old} -> {new} of {bands} bands, {how}"
+    return table.reshape(wanted, d), words
+
+  return change
+
+
+def picture(
+  value: np.ndarray, shape: tuple[int, ...]
+) -> tuple[np.ndarray, str] | None:
+  """For a table [side*side d] of a square picture: bilinear in both axes."""
+  (rows, d), (wanted, width) = value.shape, shape
+  old, new = math.isqrt(rows), math.isqrt(wanted)
+  if d != width or old * old != rows or new * new != wanted:
+    return None
+  table = _linear(value.reshape(old, old, d), new, axis=0)
+  table = _linear(table, new, axis=1).reshape(wanted, d)
+  return table, f"{old} x {old} -> {new} x {new}, bilinear"
+
+
+def _linear(x: np.ndarray, n: int, axis: int) -> np.ndarray:
+  """Linear interpolation of cell centres to n cells."""
+  old = x.shape[axis]
+  place = np.clip((np.arange(n) + 0.5) * old / n - 0.5, 0, old - 1)
+  low = np.floor(place).astype(int)
+  share = (place - low).reshape([-1 if a == axis else 1 for a in range(x.ndim)])
+  high = np.minimum(low + 1, old - 1)
+  low, high = (np.take(x, i, axis=axis) for i in (low, high))
+  return (low + share * (high - low)).astype(x.dtype)
+
+
 _MODALITIES = ("video", "audio")
 _BLOCK = re.compile(r"(\w+)/block_(\d+)/(.+)")
 # Behind all tokens: in MBT, in early fusion or shared, in mid-fusion.
@@ -127,7 +175,7 @@ def av_encoder(
   names = [m for m in _MODALITIES if f"embed_{m}" in params]
   trees_of = {m: source[m] if two else source for m in names}
   for m, tree in trees_of.items():
-    depth, wanted = len(_layers(tree, m)), len(_layers(params, m))
+    depth, wanted = len(layers(tree, m)), len(layers(params, m))
     if depth != wanted:
       raise InputError(
         f"the source has {depth} blocks for {m}, the model {wanted}"
@@ -141,8 +189,8 @@ def av_encoder(
     prefix = f"{m}/" if two else ""
     block = _BLOCK.fullmatch(path)
     if block:
-      layer = _layers(params, m).index(f"{stack}/block_{block[2]}")
-      yield f"{prefix}{_layers(trees_of[m], m)[layer]}/{block[3]}"
+      layer = layers(params, m).index(f"{stack}/block_{block[2]}")
+      yield f"{prefix}{layers(trees_of[m], m)[layer]}/{block[3]}"
       return
     if own or not two:
       yield prefix + path
@@ -154,7 +202,7 @@ def av_encoder(
   return candidates
 
 
-def _layers(tree: Params, m: str) -> list[str]:
+def layers(tree: Params, m: str) -> list[str]:
   """The blocks that modality `m` passes through, in order, by path."""
   (other,) = set(_MODALITIES) - {m}
   own = (m, "shared", f"encoder_{m}", "encoder", other, f"encoder_{other}")

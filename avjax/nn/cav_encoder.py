@@ -1,0 +1,339 @@
+"""The encoder of CAV-MAE (arXiv:2210.07839) and of what derives from it.
+
+A stack of blocks per modality, then one joint block that every token passes
+with one of three sets of LayerNorms: one for audio and video together, one for
+audio alone, one for video alone. The rest of that block is shared. Facts that
+the papers leave out follow the public code:
+
+- LayerNorm epsilon 1e-5, exact (erf) GELU, no CLS token;
+- audio tokens are frequency-major, token f*T + t; a patch's pixels are (mel,
+  time), those of an image (row, column, channel);
+- positions are a 2-D sine table plus a learned vector per modality;
+- audio comes before video wherever both are concatenated.
+
+Parameters: embed_{m}, positions_{m}, modality_token_{m} and encoder_{m} for m
+in audio and video; encoder_joint/block_00 and encoder_joint/norm*.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from avjax.errors import InputError, lookup
+from avjax.nn import masking, sizes, tokenizers
+from avjax.nn.positions import sincos_2d
+from avjax.nn.transformer import (
+  MLP,
+  REMAT,
+  XAVIER,
+  SelfAttention,
+  Transformer,
+)
+
+# In the order of concatenation, each with its key in the inputs.
+INPUTS = {"audio": "fbank", "video": "frames"}
+MODALITIES = {"av": ("audio", "video"), "a": ("audio",), "v": ("video",)}
+EPS = 1e-5
+
+Tokens = Mapping[str, Float[Array, "b _ _"]]  # by modality
+Ids = Mapping[str, Int[Array, "b _"]]  # kept tokens by modality
+Grids = Mapping[str, tuple[int, int]]  # rows and columns of the patches
+
+# A pass through the joint block: the ending of its LayerNorms' names, and
+# whose tokens go through it together.
+Pass = tuple[str, tuple[str, ...]]
+TOGETHER: Pass = ("", ("audio", "video"))
+ALONE: dict[str, Pass] = {m: (f"_{m}", (m,)) for m in INPUTS}
+
+normal = nn.initializers.normal(0.02)
+
+
+# --- Patches -----------------------------------------------------------------
+
+
+def grids(inputs: Mapping[str, Any], model: Any) -> dict[str, tuple[int, int]]:
+  """(mel, time) and (row, column) patches of the modalities in the inputs.
+
+  Args:
+    inputs: `fbank` [b t f] and `frames` [b 1 h w 3].
+    model: `config.model` with `patch_audio` (mel, time), `patch_video`
+      (1, row, column).
+
+  Raises:
+    InputError: less than one patch, or more than one frame.
+  """
+  found = {}
+  if "fbank" in inputs:
+    shape = inputs["fbank"].shape
+    shape = (shape[0], shape[2], shape[1])
+    found["audio"] = tokenizers.audio_grid(shape, model["patch_audio"])
+  if "frames" in inputs:
+    shape = inputs["frames"].shape
+    if shape[1] != 1:
+      raise InputError(
+        f"CAV-MAE sees 1 frame, but frames have {shape[1]}; set "
+        "data.video.num_frames=1"
+      )
+    found["video"] = tokenizers.video_grid(shape, model["patch_video"])[1:]
+  return found
+
+
+def patches(
+  inputs: Mapping[str, Any], model: Any
+) -> dict[str, Float[Array, "b _ _"]]:
+  """Raw patches [b n p] of the modalities in the inputs, in raster order."""
+  cut = {}
+  if "fbank" in inputs:
+    # Mel rows and time columns, as CAV-MAE draws a spectrogram.
+    image = inputs["fbank"].swapaxes(1, 2)
+    cut["audio"] = tokenizers.patchify_audio(image, model["patch_audio"])
+  if "frames" in inputs:
+    cut["video"] = tokenizers.patchify_video(
+      inputs["frames"], model["patch_video"]
+    )
+  return cut
+
+
+def paste(m: str, x: Array, canvas: Array, model: Any) -> Array:
+  """Patches of modality m laid over its input; the inverse of `patches`."""
+  if m == "video":
+    return tokenizers.paste(x, canvas, model["patch_video"])
+  image = tokenizers.paste(x, canvas.swapaxes(1, 2), model["patch_audio"])
+  return image.swapaxes(1, 2)
+
+
+# --- Joint block -------------------------------------------------------------
+
+
+class JointBlock(nn.Module):
+  """A pre-norm block with LayerNorms of their own for groups of tokens.
+
+  All groups pass together, so that the weights they share multiply one large
+  matrix; attention stays within a group.
+
+  Attributes:
+    sets: per group, the ending of its LayerNorms' names.
+    heads, mlp, attention: of `transformer.Block`.
+  """
+
+  sets: tuple[str, ...]
+  heads: int
+  mlp: int
+  attention: str = "auto"
+
+  @nn.compact
+  def __call__(
+    self, groups: Sequence[Float[Array, "b _ d"]]
+  ) -> list[Float[Array, "b _ d"]]:
+    """Groups of tokens, one per entry of `sets`; examples never meet."""
+    b, _, d = groups[0].shape
+    lengths = [x.shape[1] for x in groups]
+
+    def cut(x):
+      ends = [sum(lengths[: i + 1]) for i in range(len(lengths) - 1)]
+      return jnp.split(x, ends, axis=1)
+
+    def normalised(groups, name):
+      norms = norm_each(groups, name, self.sets)
+      return jnp.concatenate(norms, axis=1).reshape(-1, d)
+
+    x = jnp.concatenate(groups, axis=1)
+    y = SelfAttention(self.heads, self.attention, name="attention")(
+      normalised(groups, "norm1"), b, lengths
+    )
+    x = x + y.reshape(x.shape)
+    y = MLP(self.mlp, "erf", name="mlp")(normalised(cut(x), "norm2"))
+    return cut(x + y.reshape(x.shape))
+
+
+class Joint(nn.Module):
+  """The joint block and the last LayerNorm of every group.
+
+  Attributes:
+    sets, heads, mlp, attention: of `JointBlock`.
+    remat: name in `transformer.REMAT`.
+  """
+
+  sets: tuple[str, ...]
+  heads: int
+  mlp: int
+  attention: str = "auto"
+  remat: str = "none"
+
+  @nn.compact
+  def __call__(
+    self, groups: Sequence[Float[Array, "b _ d"]]
+  ) -> list[Float[Array, "b _ d"]]:
+    """Groups of tokens, one per entry of `sets`."""
+    block, policy = JointBlock, lookup(REMAT, self.remat, "remat policy")
+    if self.remat != "none":
+      block = nn.remat(JointBlock, policy=policy)
+    options = (self.sets, self.heads, self.mlp, self.attention)
+    groups = block(*options, name="block_00")(groups)
+    return norm_each(groups, "norm", self.sets)
+
+
+def norm_each(
+  groups: Sequence[Float[Array, "b _ d"]], name: str, sets: Sequence[str]
+) -> list[Float[Array, "b _ d"]]:
+  """Every group through the LayerNorm of its set, within a module."""
+  return [
+    nn.LayerNorm(EPS, dtype=x.dtype, name=name + ending)(x)
+    for x, ending in zip(groups, sets, strict=True)
+  ]
+
+
+# --- Encoder -----------------------------------------------------------------
+
+
+def patch_bias(fan_in: int) -> Any:
+  """PyTorch's default for the bias of a convolution: U(±1/sqrt(fan_in))."""
+
+  def init(key, shape, dtype=jnp.float32):
+    bound = fan_in**-0.5
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+  return init
+
+
+class CAVEncoder(nn.Module):
+  """Tokens, modality stacks and joint block.
+
+  Attributes:
+    size: of the encoder; `size.depth - 1` blocks per modality and one joint.
+    grids: patches of the modalities, whose positions are known.
+    fixed_positions: no gradient for the position tables (pretraining).
+    stack: `attention`, `remat`, `scan` of the transformers.
+  """
+
+  size: sizes.Size
+  grids: Grids
+  fixed_positions: bool
+  stack: Mapping[str, Any]
+
+  @nn.compact
+  def __call__(
+    self, patches: Tokens, passes: Sequence[Pass], ids: Ids | None = None
+  ) -> list[Float[Array, "b _ d"]]:
+    """Encodes, then passes the joint block in one go.
+
+    Args:
+      patches: raw patches by modality.
+      passes: through the joint block, each with a set of its own.
+      ids: kept tokens; None keeps all.
+
+    Returns:
+      Tokens after the last LayerNorm, per pass.
+    """
+    return self.encode(patches, passes, ids)
+
+  def encode(self, patches, passes, ids):
+    """See `__call__`; subclasses go on from here."""
+    ids = ids or {}
+    alone = {
+      m: self.branch(m, self.tokenise(m, x, ids.get(m)))
+      for m, x in patches.items()
+    }
+    sets = tuple(ending for ending, _ in passes)
+    groups = [concatenate([alone[m] for m in names]) for _, names in passes]
+    options = {name: self.stack[name] for name in ("attention", "remat")}
+    joint = Joint(
+      sets, self.size.heads, self.size.mlp, name="encoder_joint", **options
+    )
+    return joint(groups)
+
+  def tokenise(
+    self,
+    m: str,
+    patches: Float[Array, "b n p"],
+    ids: Int[Array, "b k"] | None,
+  ) -> Float[Array, "b _ d"]:
+    """Embedded patches with positions; raw patches are masked, not tokens."""
+    x = patches if ids is None else masking.gather(patches, ids)
+    b, n, p = x.shape
+    layer = nn.Dense(
+      self.size.width,
+      dtype=x.dtype,
+      kernel_init=XAVIER,
+      bias_init=patch_bias(p),
+      name=f"embed_{m}",
+    )
+    x = layer(x.reshape(-1, p)).reshape(b, n, -1)
+    table, token = self.places(m, self.size.width, "")
+    table = table[None] if ids is None else table[ids]
+    return x + table.astype(x.dtype) + token.astype(x.dtype)
+
+  def places(
+    self, m: str, d: int, prefix: str
+  ) -> tuple[Float[Array, "n d"], Float[Array, "d"]]:
+    """Position table and modality token, both of width d."""
+    grid = self.grids[m]
+    table = self.param(
+      f"{prefix}positions_{m}", lambda _: jnp.asarray(sincos_2d(grid, d))
+    )
+    if self.fixed_positions:
+      table = jax.lax.stop_gradient(table)
+    return table, self.param(f"{prefix}modality_token_{m}", normal, (d,))
+
+  def branch(self, m: str, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
+    """The blocks of one modality; no LayerNorm follows them."""
+    depth = self.size.depth - 1
+    return self.transformer(f"encoder_{m}", depth, self.size, norm=False)(x)
+
+  def transformer(
+    self, name: str, depth: int, size: sizes.Size, *, norm: bool
+  ) -> Transformer:
+    """A stack in this family's conventions."""
+    return Transformer(
+      depth,
+      size.heads,
+      size.mlp,
+      eps=EPS,
+      gelu="erf",
+      norm=norm,
+      name=name,
+      **self.stack,
+    )
+
+
+def check_places(params: Mapping[str, Any], grids: Grids) -> None:
+  """Refuses inputs of another size than the position tables are for.
+
+  Raises:
+    InputError: names the table, its rows and the patches of the inputs.
+  """
+  for m, (rows, columns) in grids.items():
+    table = params.get(f"positions_{m}")
+    if table is None:
+      raise InputError(f"the parameters have no {m} branch (positions_{m})")
+    if len(table) != rows * columns:
+      raise InputError(
+        f"positions_{m} has {len(table)} rows, but the {INPUTS[m]} make "
+        f"{rows} x {columns} = {rows * columns} patches: clips must be as long "
+        "and as large as in training; init_from resizes the table"
+      )
+
+
+def concatenate(parts: Sequence[Float[Array, "b _ d"]]) -> Array:
+  """Along the tokens."""
+  return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+
+
+def first_values(params: Any) -> Any:
+  """What the transformer draws otherwise, as the public code draws it.
+
+  Query, key and value are one Xavier-uniform [d 3d] matrix, whose bound is
+  sqrt(1/2) of that of three [d d]; biases of the MLP are zero.
+  """
+
+  def fix(path, x):
+    name = "/".join(key.key for key in path)
+    if name.endswith("qkv/kernel"):
+      return x * 0.5**0.5
+    return jnp.zeros_like(x) if name.endswith(("fc1/bias", "fc2/bias")) else x
+
+  return jax.tree_util.tree_map_with_path(fix, params)
