@@ -33,6 +33,7 @@ class Key:
 BATCH = {
   "frames": Key("b t h w 3", "uint8", "RGB, 0..255"),
   "waveform": Key("b s", "int16", "mono PCM at data.audio.rate"),
+  "samples": Key("b", "int32", "length of waveform without its padding"),
   "fbank": Key("b t f", "float32", "precomputed log-mel only"),
   "features/audio": Key("b n d", "float32", "frozen features (UAVM)"),
   "features/video": Key("b n d", "float32", "frozen features (UAVM)"),
@@ -56,7 +57,7 @@ BATCH = {
 
 # Entries that `prepare` replaces or adds.
 INPUTS = {
-  **{k: v for k, v in BATCH.items() if k != "waveform"},
+  **{k: v for k, v in BATCH.items() if k not in ("waveform", "samples")},
   "frames": Key("b t h w 3", "float32", "normalised RGB, see prepare"),
   "fbank": Key("b t f", "float32", "normalised log-mel, time first"),
   "mix/audio": Key("b", "float32", "mixup weight of the example itself"),

@@ -166,6 +166,10 @@ FBANK = {
   # `same`: seconds*100 frames, the last ones padded with zeros;
   # `snip`: Kaldi's whole frames only.
   "edges": "same",
+  # Of `snip`: raw log-mel is cut to this length or padded with 0, before it is
+  # normalised, so padding becomes -mean / std. 0 = as long as the waveform.
+  "frames": 0,
+  "remove_mean": False,  # of the whole waveform, over its true length
   "mean": 0.0,
   "std": 1.0,
 }
@@ -181,9 +185,19 @@ AUGMENT = {
   "freq_size": 0,  # bins at most
   "time_masks": 0,
   "time_size": 0,  # frames at most
+  # What masked cells become: `normalised` = 0, the mean; `raw` = what 0 in the
+  # raw log-mel becomes, -mean / std; spans then start by torchaudio's rule.
+  "mask_value": "normalised",
   "time_shift": False,  # circular, uniform over the whole length
+  "noise": 0.0,  # + noise * u * U[0, 1) in each cell, one u in [0, 1) a clip
+  "roll": 0,  # frames, circular: uniform in -roll .. roll - 1
   "mixup": 0.0,  # alpha of Beta(alpha, alpha)
   "mixup_per_modality": False,
+  # 1 = one weight per step for all. Below, or with `mixup_waveform`: whether an
+  # example is mixed and its weight are drawn for each example, one weight for
+  # all modalities.
+  "mixup_probability": 1.0,
+  "mixup_waveform": False,  # mix waveforms (means removed), not log-mel
 }
 
 
@@ -230,6 +244,15 @@ def data_section() -> ConfigDict:
   )
 
 
+# Options of single evaluators, with the values that they have by themselves.
+EVAL_OPTIONS: dict[str, dict[str, Any]] = {
+  # modes: () = the method's main one; average: logits, probabilities.
+  "classification": {"modes": (), "average": "logits"},
+  "reconstruction": {"pictures": 4},
+  "retrieval": {"subset": "", "within": "", "pictures": 0},
+}
+
+
 def eval_section(kind: str, **options: Any) -> ConfigDict:
   """One entry of `config.evals`.
 
@@ -246,6 +269,7 @@ def eval_section(kind: str, **options: Any) -> ConfigDict:
       "batch_size": 0,
       "views": 1,
       "limit": 0,
+      **EVAL_OPTIONS.get(kind, {}),
     }
   )
   for key, value in options.items():
@@ -291,7 +315,11 @@ def plain(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_plain(values: Mapping[str, Any]) -> ConfigDict:
-  """The inverse of `plain`: a locked config, lists back to tuples."""
+  """The inverse of `plain`: a locked config, lists back to tuples.
+
+  Keys of `data.fbank` and `data.augment` that a config saved by an earlier
+  version lacks get their neutral values.
+  """
 
   def convert(value: Any) -> Any:
     if isinstance(value, Mapping):
@@ -300,7 +328,13 @@ def from_plain(values: Mapping[str, Any]) -> ConfigDict:
       return tuple(convert(v) for v in value)
     return value
 
-  return ConfigDict(convert(values)).lock()
+  config = ConfigDict(convert(values))
+  for part in (config, *(config[name] for name in config.get("stages", ()))):
+    for name, neutral in (("fbank", FBANK), ("augment", AUGMENT)):
+      if name in part.get("data", {}):
+        section = part.data[name]
+        section.update({k: v for k, v in neutral.items() if k not in section})
+  return config.lock()
 
 
 def differences(

@@ -297,6 +297,9 @@ def synthetic_batch(
       value = np.ones(leaf.shape, bool)
     elif key == "index":
       value = np.arange(leaf.shape[0], dtype=np.uint32)
+    elif key == "samples":
+      length = experiment.batch_shapes["waveform"].shape[-1]
+      value = np.full(leaf.shape, length, leaf.dtype)
     elif np.issubdtype(leaf.dtype, np.integer):
       low, high = (0, 256) if leaf.dtype == np.uint8 else (-3_000, 3_000)
       value = rng.integers(low, high, leaf.shape).astype(leaf.dtype)

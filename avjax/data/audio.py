@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import scipy.fft
-from jaxtyping import Array, Float, Num
+from jaxtyping import Array, Float, Int, Num
 
 from avjax.errors import InputError, lookup
 
@@ -238,6 +238,47 @@ def fbank(
       _power_device(frames, tables), mel, precision=jax.lax.Precision.HIGHEST
     )
   return xp.log(xp.maximum(energies, np.float32(LOG_FLOOR)))
+
+
+def remove_mean(
+  waveform: Num[Array, "b s"], samples: Int[Array, "b"]
+) -> Float[Array, "b s"]:
+  """Takes each waveform's mean, over its true length, away from it.
+
+  Args:
+    waveform: mono samples, floating point in -1..1 or int16.
+    samples: true length; what follows is padding and becomes 0.
+  """
+  if waveform.dtype == jnp.int16:
+    waveform = waveform.astype(jnp.float32) * np.float32(1 / 32768)
+  inside = jnp.arange(waveform.shape[-1]) < samples[:, None]
+  waveform = jnp.where(inside, waveform, 0.0)
+  total = waveform.sum(axis=-1, keepdims=True)
+  mean = total / jnp.maximum(samples, 1)[:, None].astype(jnp.float32)
+  return jnp.where(inside, waveform - mean, 0.0)
+
+
+def fit_frames(
+  values: Float[Array, "b t f"],
+  samples: Int[Array, "b"],
+  section: Any,
+  rate: int,
+) -> Float[Array, "b t2 f"]:
+  """Raw log-mel of exactly `section.frames` frames.
+
+  Args:
+    values: of `fbank` with edges='snip', not normalised.
+    samples: true length of each waveform: a frame that does not lie in it
+      wholly becomes 0, as those after the last one do.
+    section: `config.data.fbank`.
+    rate: samples per second.
+  """
+  tables, frames = _of(section, rate), section["frames"]
+  true = 1 + (samples - tables.length) // tables.hop
+  short = max(frames - values.shape[1], 0)
+  values = jnp.pad(values[:, :frames], ((0, 0), (0, short), (0, 0)))
+  inside = jnp.arange(frames) < true[:, None]
+  return jnp.where(inside[..., None], values, 0.0)
 
 
 def normalise(

@@ -3,10 +3,11 @@
 `prepare` runs inside the jitted step. Everything it draws for an example comes
 from `fold_in(rng, batch["index"])`, so an example's augmentation does not
 depend on its place in the batch or on the number of devices; mixup draws one
-weight per step.
+weight per step, or one per example.
 
 Order in training: flip, colour, grey (on values 0..1), normalise; log-mel,
-normalise, circular time shift, SpecAugment; then mixup of both.
+normalise, circular time shift, SpecAugment, noise, roll; then mixup of both.
+With `mixup_waveform` (CAV-MAE) the sound is mixed before the log-mel instead.
 
 Each augmentation is a pure function of its own draws, one per example.
 """
@@ -21,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt8
 
 from avjax.batch import arrays
 from avjax.data import audio
-from avjax.errors import InputError
+from avjax.errors import InputError, lookup
 
 # Ranges of AV-MAE's and MBT's colour jitter.
 BRIGHTNESS = 32 / 255  # added, at most
@@ -31,11 +32,13 @@ HUE = 0.2  # of a turn, at most
 
 LUMA = (0.2989, 0.5870, 0.1140)
 
-# What mixup mixes, by modality.
+# What mixup mixes, by modality; a waveform as such or as its log-mel.
 MIXED = {
-  "audio": ("fbank", "features/audio"),
+  "audio": ("fbank", "waveform", "features/audio"),
   "video": ("frames", "features/video"),
 }
+
+MASK_VALUES = ("normalised", "raw")
 
 Flag = Bool[Array, "b"]
 PerExample = Float[Array, "b"]
@@ -57,32 +60,85 @@ def prepare(
     train: draw augmentations; without it nothing is random.
 
   Returns:
-    The batch without `waveform`; `frames` float32 normalised, `fbank` float32
-    normalised; with mixup `mix/audio` and `mix/video` [b]. Labels are not
+    The batch without `waveform` and `samples` (without which a waveform counts
+    as whole); `frames` float32 normalised, `fbank` float32 normalised; with
+    mixup `mix/audio` and `mix/video` [b]. Labels are not
     mixed: see `avjax.losses.mix_labels`. `has_audio`, `has_video` and all else
     pass through.
 
   Raises:
-    InputError: a wrong rank or dtype, training without `index`, or mixup of an
-      odd batch.
+    InputError: a wrong rank or dtype, training without `index`, mixup of an
+      odd batch or of waveforms that are not there, or options that exclude each
+      other.
   """
+  check_options(data)
   batch = {key: jnp.asarray(value) for key, value in arrays(batch).items()}
-  inputs = {key: value for key, value in batch.items() if key != "waveform"}
+  inputs = {k: v for k, v in batch.items() if k not in ("waveform", "samples")}
   keys = _keys(batch, rng) if train else None
+  weights = {}
+  if train and data.augment.mixup > 0:
+    if data.augment.mixup_waveform and "fbank" in batch:
+      raise InputError(
+        "data.augment.mixup_waveform needs waveforms; the batch holds a "
+        "precomputed fbank"
+      )
+    weights = _weights(batch, data.augment, rng, keys)
   if "frames" in batch:
     _check(batch, "frames", 5, np.uint8)
     inputs["frames"] = _frames(batch["frames"], data, keys)
   if "waveform" in batch and "fbank" not in batch:
     _check(batch, "waveform", 2, np.int16)
-    fbank = audio.fbank(batch["waveform"], data.fbank, data.audio.rate)
-    inputs["fbank"] = audio.normalise(fbank, data.fbank)
-  if not train:
-    return inputs
-  if "fbank" in inputs:
-    inputs["fbank"] = _augment_fbank(inputs["fbank"], data.augment, keys)
-  if data.augment.mixup > 0:
-    inputs = _mixup(inputs, data.augment, rng)
-  return inputs
+    inputs["fbank"] = _log_mel(batch, data, weights.get("audio"))
+  if train and "fbank" in inputs:
+    inputs["fbank"] = _augment_fbank(inputs["fbank"], data, keys)
+  return _mixup(inputs, data.augment, weights)
+
+
+def check_options(data: Any) -> None:
+  """Refuses values of `config.data` that contradict each other.
+
+  Raises:
+    InputError: names both keys.
+  """
+  fbank, options = data.fbank, data.augment
+  lookup(dict.fromkeys(MASK_VALUES), options.mask_value, "augment.mask_value")
+  probability = options.mixup_probability
+  apart = "with data.augment.mixup_per_modality: CAV-MAE has one weight for all"
+  for wrong, words in (
+    (
+      fbank.frames and fbank.edges != "snip",
+      f"data.fbank.frames={fbank.frames} goes with edges='snip', not "
+      f"{fbank.edges!r}",
+    ),
+    (fbank.frames < 0, f"data.fbank.frames={fbank.frames} is negative"),
+    (
+      options.noise < 0 or options.roll < 0,
+      f"data.augment.noise={options.noise} and roll={options.roll} must be 0 "
+      "or more",
+    ),
+    (
+      options.roll and options.time_shift,
+      f"data.augment.roll={options.roll} and time_shift both turn the sound; "
+      "set one",
+    ),
+    (
+      not 0 < probability <= 1,
+      f"data.augment.mixup_probability={probability} is not above 0 and "
+      "at most 1; data.augment.mixup=0.0 turns mixup off",
+    ),
+    (
+      _per_example(options) and options.mixup_per_modality,
+      f"data.augment.mixup_probability={probability}, mixup_waveform="
+      f"{options.mixup_waveform} {apart}",
+    ),
+    (
+      options.mixup_waveform and not fbank.remove_mean,
+      "data.augment.mixup_waveform mixes waveforms without their means; set "
+      "data.fbank.remove_mean",
+    ),
+  ):
+    if wrong:
+      raise InputError(words)
 
 
 def _check(batch: Mapping[str, Any], key: str, rank: int, dtype: Any) -> None:
@@ -117,6 +173,10 @@ _STREAMS = (
   "freq_masks",
   "time_masks",
   "mixup",
+  "mixup_happens",
+  "noise",
+  "noise_size",
+  "roll",
 )
 
 
@@ -239,22 +299,49 @@ def grey(frames: Frames, chosen: Flag) -> Frames:
 # ---------------------------------------------------------------- sound
 
 
-def _augment_fbank(
-  fbank: jax.Array, options: Any, keys: jax.Array
+def _log_mel(
+  batch: Mapping[str, Any], data: Any, weight: jax.Array | None
 ) -> jax.Array:
+  """Normalised log-mel of the waveforms, which are mixed before if asked."""
+  section, waveform = data.fbank, batch["waveform"]
+  whole = jnp.full(waveform.shape[:1], waveform.shape[1], jnp.int32)
+  samples = batch.get("samples", whole)
+  if section.remove_mean:
+    waveform = audio.remove_mean(waveform, samples)
+    if weight is not None and data.augment.mixup_waveform:
+      # What lies beyond an example's own length falls away here.
+      waveform = audio.remove_mean(mixup(waveform, weight), samples)
+  values = audio.fbank(waveform, section, data.audio.rate)
+  if section.frames:
+    values = audio.fit_frames(values, samples, section, data.audio.rate)
+  return audio.normalise(values, section)
+
+
+def _augment_fbank(fbank: jax.Array, data: Any, keys: jax.Array) -> jax.Array:
+  options, section = data.augment, data.fbank
   _, frames, bins = fbank.shape
+  raw = options.mask_value == "raw"
+  fill = -section.mean / section.std if raw else 0.0
   if options.time_shift:
     draw = _uniform(keys, "time_shift", 0.0, 1.0)
     shift = jnp.floor(draw * frames).astype(jnp.int32)
     fbank = time_shift(fbank, shift)
   if options.freq_masks:
     draws = _uniform(keys, "freq_masks", 0.0, 1.0, (2, options.freq_masks))
-    removed = spans(draws[:, 0], draws[:, 1], bins, options.freq_size)
-    fbank = jnp.where(removed[:, None, :], 0.0, fbank)
+    removed = spans(draws[:, 0], draws[:, 1], bins, options.freq_size, raw)
+    fbank = jnp.where(removed[:, None, :], fill, fbank)
   if options.time_masks:
     draws = _uniform(keys, "time_masks", 0.0, 1.0, (2, options.time_masks))
-    removed = spans(draws[:, 0], draws[:, 1], frames, options.time_size)
-    fbank = jnp.where(removed[:, :, None], 0.0, fbank)
+    removed = spans(draws[:, 0], draws[:, 1], frames, options.time_size, raw)
+    fbank = jnp.where(removed[:, :, None], fill, fbank)
+  if options.noise > 0:
+    size = options.noise * _uniform(keys, "noise_size", 0.0, 1.0)
+    noise = _uniform(keys, "noise", 0.0, 1.0, (frames, bins))
+    fbank = fbank + size[:, None, None] * noise
+  if options.roll:
+    draw = _uniform(keys, "roll", 0.0, 1.0)
+    shift = jnp.floor(draw * 2 * options.roll).astype(jnp.int32) - options.roll
+    fbank = time_shift(fbank, shift)
   return fbank
 
 
@@ -270,6 +357,7 @@ def spans(
   start_draw: Float[Array, "b m"],
   length: int,
   size: int,
+  torchaudio: bool = False,
 ) -> Bool[Array, "b length"]:
   """SpecAugment's masks along one axis: true = removed, m spans an example.
 
@@ -280,9 +368,14 @@ def spans(
       fits.
     length: of the axis.
     size: spans are narrower than this, and never longer than the axis.
+    torchaudio: start at floor(U * (length - width)) with the width before it
+      is rounded down, so the last place is never removed.
   """
-  width = jnp.floor(width_draw * min(size, length + 1)).astype(jnp.int32)
+  exact = width_draw * min(size, length + 1)
+  width = jnp.floor(exact).astype(jnp.int32)
   room = (length - width + 1).astype(jnp.float32)
+  if torchaudio:
+    room = jnp.maximum(length - exact, 0.0)
   start = jnp.floor(start_draw * room).astype(jnp.int32)
   place = jnp.arange(length)
   inside = (place >= start[..., None]) & (place < (start + width)[..., None])
@@ -315,24 +408,58 @@ def mixup(values: Float[Array, "b ..."], weight: PerExample) -> Array:
   return own * values + (1 - own) * partner(values)
 
 
-def _mixup(inputs: dict[str, Any], options: Any, rng: jax.Array) -> dict:
-  """Mixes what each modality has; the weight is 1 where either clip lacks it.
+def _per_example(options: Any) -> bool:
+  """Whether each example draws its own weight."""
+  return options.mixup_waveform or options.mixup_probability < 1
 
-  One Beta(alpha, alpha) draw per step, or one per modality and step.
+
+def _weights(
+  batch: Mapping[str, Any], options: Any, rng: jax.Array, keys: jax.Array
+) -> dict[str, jax.Array]:
+  """Mixup's weight [b] by modality; 1 where either clip lacks the modality.
+
+  One Beta(alpha, alpha) draw per step, one per modality and step, or one per
+  example, which is then mixed in all modalities or in none.
   """
-  alpha = options.mixup
-  draws = jax.random.beta(_stream(rng, "mixup"), alpha, alpha, (len(MIXED),))
-  inputs = dict(inputs)
+  alpha, apart = options.mixup, _per_example(options)
+  if apart:
+    draws = [_example_weights(keys, options)] * len(MIXED)
+  else:
+    draws = jax.random.beta(_stream(rng, "mixup"), alpha, alpha, (len(MIXED),))
+  weights = {}
   for position, (modality, names) in enumerate(MIXED.items()):
-    present = [name for name in names if name in inputs]
+    present = [name for name in names if name in batch]
     if not present:
       continue
     draw = draws[position if options.mixup_per_modality else 0]
-    weight = jnp.full(inputs[present[0]].shape[:1], draw)
-    has = inputs.get(f"has_{modality}")
+    weight = jnp.broadcast_to(draw, batch[present[0]].shape[:1])
+    has = batch.get(f"has_{modality}")
     if has is not None:
       weight = jnp.where(has & partner(has), weight, 1.0)
-    for name in present:
-      inputs[name] = mixup(inputs[name], weight)
+    weights[modality] = weight
+  if apart and len(weights) == 2:
+    both = (weights["audio"] < 1) & (weights["video"] < 1)
+    weights = {m: jnp.where(both, w, 1.0) for m, w in weights.items()}
+  return weights
+
+
+def _example_weights(keys: jax.Array, options: Any) -> jax.Array:
+  alpha = options.mixup
+  drawn = jax.vmap(
+    lambda key: jax.random.beta(_stream(key, "mixup"), alpha, alpha)
+  )(keys)
+  chosen = _happens(keys, "mixup_happens", options.mixup_probability)
+  return jnp.where(chosen, drawn, 1.0)
+
+
+def _mixup(
+  inputs: dict[str, Any], options: Any, weights: Mapping[str, jax.Array]
+) -> dict[str, Any]:
+  """Mixes what each modality has, but a sound that is mixed already."""
+  inputs = dict(inputs)
+  for modality, weight in weights.items():
+    for name in MIXED[modality]:
+      if name in inputs and not (name == "fbank" and options.mixup_waveform):
+        inputs[name] = mixup(inputs[name], weight)
     inputs[f"mix/{modality}"] = weight
   return inputs

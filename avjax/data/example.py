@@ -102,7 +102,10 @@ def shapes(
     found["frames"] = (b + v + picture, np.uint8)
   if "a" in data["modality"]:
     samples = round(data["audio"]["seconds"] * data["audio"]["rate"])
-    found["waveform"] = ((*b, *v, samples), np.int16)
+    # Frames spread over a clip are views of the picture: one sound for all.
+    sound = () if data["variant"] == "frames10" else v
+    found["waveform"] = ((*b, *sound, samples), np.int16)
+    found["samples"] = (b, np.int32)
   for head in data["heads"]:
     time = (num_segments(data),) if head == "segment" else ()
     size = (*b, *time, num_classes(data, head))
@@ -149,8 +152,8 @@ class Cutter:
       seconds = self._cut_frames(clip, rows, rng)
     if "waveform" in out:
       sound = out["waveform"]
-      rows = sound[row : row + 1] if views == 1 else sound[row]
-      self._cut_sound(clip, rows, seconds, rng)
+      rows = sound[row : row + 1] if sound.ndim == 2 else sound[row]
+      out["samples"][row] = self._cut_sound(clip, rows, seconds, rng)
     for head, numbers in clip.labels.items():
       self._label(head, numbers, out[head_key(head)][row])
 
@@ -161,8 +164,11 @@ class Cutter:
     if not length:
       rows[:] = 0
       return None
-    step = sampling.frame_step(video, self.data["variant"], clip.frame_rate)
-    starts = sampling.video_starts(length, count, step, len(rows), rng)
+    variant = self.data["variant"]
+    step = sampling.frame_step(video, variant, clip.frame_rate)
+    starts = sampling.video_starts(
+      length, count, step, len(rows), rng, late=variant == "frames10"
+    )
     height, width = _size(clip.frames[0])
     box = sampling.crop_box(
       height,
@@ -182,12 +188,13 @@ class Cutter:
           _crop(_decode(clip.frames[number]), box, row[k])
     return starts[0] / clip.frame_rate
 
-  def _cut_sound(self, clip, rows, seconds, rng) -> None:
+  def _cut_sound(self, clip, rows, seconds, rng) -> int:
+    """Returns the samples of the clip in each view; padding follows them."""
     audio = self.data["audio"]
     length, count = len(clip.waveform), rows.shape[-1]
     if not length:
       rows[:] = 0
-      return
+      return 0
     wrap = rng is not None and audio["start"] == "wrap" and seconds is not None
     if rng is None:
       starts = sampling.starts(length, count, len(rows), None)
@@ -196,6 +203,8 @@ class Cutter:
       starts = [sampling.audio_start(audio["start"], length, count, time, rng)]
     for start, row in zip(starts, rows, strict=True):
       sampling.cut(clip.waveform, start, row, wrap=wrap)
+    # Where windows differ, the clip is longer than each.
+    return count if wrap else min(length - starts[0], count)
 
   def _label(self, head, numbers, out) -> None:
     out[:] = 0

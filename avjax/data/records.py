@@ -177,15 +177,15 @@ class Split:
     return self._columns[name]
 
   def label_weights(self) -> np.ndarray:
-    """float64 [clips]: sum over a clip's labels of 1 / clips with the label.
+    """float64 [clips]: sum over labels of 1000 / (clips with it + 0.01).
 
-    The weights of the public AudioSet recipes (PSLA, AST, CAV-MAE), which
-    scale them by 1000.
+    The weights of the public AudioSet recipes (PSLA, AST, CAV-MAE).
     """
     ends = self.column("label_ends")[: self._count]
     labels = self.column("label")[: ends[-1]]
     counts = np.bincount(labels)
-    sums = np.concatenate([[0.0], np.cumsum(1.0 / counts[labels])])
+    each = 1000.0 / (counts[labels] + 0.01)
+    sums = np.concatenate([[0.0], np.cumsum(each)])
     return np.diff(sums[np.concatenate([[0], ends])])
 
 

@@ -46,7 +46,11 @@ def frame_step(video: Any, variant: str, stored_rate: float) -> float:
 
 
 def starts(
-  length: int, span: int, views: int, rng: np.random.Generator | None
+  length: int,
+  span: int,
+  views: int,
+  rng: np.random.Generator | None,
+  late: bool = False,
 ) -> list[int]:
   """Where windows of `span` begin in `length`, frames or samples alike.
 
@@ -56,12 +60,14 @@ def starts(
     views: windows; spread from the beginning to the last that fits.
     rng: draws a start uniformly (training, one view); None = the centre for
       one view.
+    late: of two centres the later one: frame 5 of 10, as the public CAV-MAE
+      code has it, not 4.
   """
   spare = max(length - span, 0)
   if rng is not None:
     return [int(rng.integers(0, spare + 1))]
   if views == 1:
-    return [spare // 2]
+    return [(spare + late) // 2]
   return np.linspace(0, spare, views).astype(int).tolist()
 
 
@@ -79,16 +85,17 @@ def video_starts(
   step: float,
   views: int,
   rng: np.random.Generator | None,
+  late: bool = False,
 ) -> list[int]:
   """Starts of `count` frames at a distance of `step` among `length`.
 
   In training the last possible start is the one whose last frame is the
   clip's; in evaluation a window is count * step long, as in DMVR, the reader
-  of the public AV-MAE code.
+  of the public AV-MAE code. `late`: see `starts`.
   """
   if rng is not None:
     return starts(length, math.floor((count - 1) * step) + 1, views, rng)
-  return starts(length, max(round(count * step), 1), views, None)
+  return starts(length, max(round(count * step), 1), views, None, late)
 
 
 def _aligned(length, count, video_time, rng):

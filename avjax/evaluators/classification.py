@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
 from jax.experimental import multihost_utils
+from jaxtyping import Array, Float
 
 from avjax import losses, metrics
 from avjax.errors import InputError, lookup
@@ -33,18 +34,21 @@ Pairs = dict[str, tuple[jax.Array, jax.Array]]
 
 
 class Classification(Evaluator):
-  """Scores `predict`, its logits averaged over the views of a clip.
+  """Scores `predict`, averaged over the views of a clip.
 
-  Options of the section: `views`, and `modes` of `Method.modes`: ('av',) where
-  the method has it, else its first. With more than one mode the names of the
-  scores are prefixed, `a/top1`.
+  Options of the section: `views`; `average`, what is averaged over them,
+  'logits' or 'probabilities' (CAV-MAE's family); and `modes` of `Method.modes`:
+  ('av',) where the method has it, else its first. With more than one mode the
+  names of the scores are prefixed, `a/top1`.
   """
 
   def __init__(self, context: Context, section: Any):
     super().__init__(context, section)
     known = context.method.modes
     default = ("av",) if "av" in known else known[:1]
-    self.modes = tuple(section.get("modes", default))
+    self.modes = tuple(section.get("modes", ()) or default)
+    name = section.get("average", "logits")
+    self.average = lookup(AVERAGES, name, "average of evals")
     for mode in self.modes:
       lookup(dict.fromkeys(known), mode, "mode of evals.modes")
     if not self.modes or not context.config.data.heads:
@@ -110,11 +114,14 @@ class Classification(Evaluator):
       prefix = f"{mode}/" if len(self.modes) > 1 else ""
       logits = self.context.method.predict(params, inputs, mode=mode)
       logits = {
-        head: rearrange(
-          lookup(logits, head, "head of predict").astype(jnp.float32),
-          "(b v) ... -> v b ...",
-          v=views,
-        ).mean(axis=0)
+        head: self.average(
+          rearrange(
+            lookup(logits, head, "head of predict").astype(jnp.float32),
+            "(b v) ... -> v b ...",
+            v=views,
+          ),
+          data.multilabel,
+        )
         for head in data.heads
       }
       for name, value in _pairs(logits, labels, valid, data.multilabel).items():
@@ -124,6 +131,32 @@ class Classification(Evaluator):
     if kept:
       kept |= {"labels": labels["label"], "valid": valid}
     return pairs, kept
+
+
+def mean_logits(
+  logits: Float[Array, "v b *k"], multilabel: bool
+) -> Float[Array, "b *k"]:
+  """Mean over the views."""
+  del multilabel
+  return logits.mean(axis=0)
+
+
+def mean_probabilities(
+  logits: Float[Array, "v b *k"], multilabel: bool
+) -> Float[Array, "b *k"]:
+  """Logits of the mean of the views' probabilities.
+
+  Their softmax, with `multilabel` their sigmoid, is that mean; so scores and
+  loss are those of the mean, and none is lost to rounding near 0 and 1.
+  """
+  if not multilabel:
+    # The views' number shifts all logits alike.
+    return jax.nn.logsumexp(jax.nn.log_softmax(logits), axis=0)
+  yes, no = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
+  return jax.nn.logsumexp(yes, axis=0) - jax.nn.logsumexp(no, axis=0)
+
+
+AVERAGES = {"logits": mean_logits, "probabilities": mean_probabilities}
 
 
 def fold_views(
