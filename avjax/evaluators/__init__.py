@@ -8,7 +8,9 @@ from avjax.evaluators.base import Context, Evaluator
 
 EVALUATORS = {
   "classification": "avjax.evaluators.classification:Classification",
+  "linear_probe": "avjax.evaluators.linear_probe:LinearProbe",
   "reconstruction": "avjax.evaluators.reconstruction:Reconstruction",
+  "retrieval": "avjax.evaluators.retrieval:Retrieval",
 }
 
 
