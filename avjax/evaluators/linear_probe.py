@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from absl import logging
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 
 from avjax import metrics
 from avjax.data import records
@@ -87,8 +87,7 @@ class LinearProbe(Evaluator):
       x, x_test = _standardise(name, x, x_test)
       if data.multilabel:
         logits = self._one_by_one(name, x, y, x_test)
-        found_ap = metrics.ranking(logits, y_test).mean_ap
-        scores[f"{name}/mAP"] = found_ap
+        scores[f"{name}/mAP"] = metrics.ranking(logits, y_test).mean_ap
       else:
         guess = self._fit(name, x, y.argmax(axis=1)).predict(x_test)
         scores[f"{name}/top1"] = float((guess == y_test.argmax(axis=1)).mean())
@@ -132,11 +131,11 @@ class LinearProbe(Evaluator):
 
 def _one_hot(
   numbers: list[Int[np.ndarray, "_"]], classes: int, multilabel: bool
-) -> Bool[np.ndarray, "n k"]:
-  """Labels of all clips; the main one alone where there is one per clip."""
-  labels = np.zeros((len(numbers), classes), bool)
+) -> Int[np.ndarray, "n k"]:
+  """0 or 1 of all clips; the main one alone where there is one per clip."""
+  labels = np.zeros((len(numbers), classes), np.int64)
   for row, mine in enumerate(numbers):
-    labels[row, mine if multilabel else mine[:1]] = True
+    labels[row, mine if multilabel else mine[:1]] = 1
   return labels
 
 
