@@ -9,6 +9,9 @@ import subprocess
 import sys
 import time
 
+import jax
+import jax.numpy as jnp
+
 # Two clips per class to train on and one to test on.
 DEMO = {"clips_per_class": 2, "test_per_class": 1, "seed": 3}
 ROOT = pathlib.Path(__file__).parent.parent
@@ -60,6 +63,33 @@ def shrink(config, **overrides):
       place = place[part]
     place[last] = value
   return config
+
+
+_COMPILED = {}  # (step, first state) by all of a config but its data set
+
+
+def first_step(config):
+  """Trains one step without the loop around it; the batch and the loss."""
+  # Not before conftest.py has installed its checks.
+  from avjax import experiment, parallel
+  from avjax.data import pipeline
+
+  setup = experiment.build(plain(config))
+  batches = pipeline.train_batches(
+    setup.config.data, batch_size=config.batch_size, seed=0
+  )
+  batch = next(batches)
+  batches.close()
+  arrays = {k: batch[k] for k in setup.batch_shapes}
+  arrays = jax.device_put(arrays, parallel.batch_sharding(setup.mesh))
+  facts = config.copy_and_resolve_references()
+  facts.data.update(name="", dir="", split="")
+  key = repr((facts, jax.tree.map(str, setup.batch_shapes)))
+  if key not in _COMPILED:
+    _COMPILED[key] = setup.compile_step(), setup.init_state()
+  step, state = _COMPILED[key]
+  _, metrics = step(jax.tree.map(jnp.copy, state), arrays)
+  return batch, float(metrics["loss"])
 
 
 def metrics(workdir):

@@ -11,10 +11,10 @@ import pytest
 import simplejpeg
 import tensorflow_datasets as tfds
 
-from avjax import config
-from avjax.data import demo_clip, pipeline
+from avjax.data import demo_clip
 from avjax.errors import InputError
 from data_prep import acav, audiocaps, builder, clotho, msrvtt
+from tests import runs
 
 RATE = 16_000
 LONG = 20.48  # seconds; more than twice the ten of a clip
@@ -121,16 +121,21 @@ def report(place, split):
   return found
 
 
-def batch(place, name, split, modality="av"):
-  section = config.data_section()
-  section.name, section.dir, section.split = name, str(place), split
-  section.heads, section.modality = (), modality
-  section.video.update(num_frames=2, resize=32, size=32)
-  section.audio.seconds = 0.5
-  batches = pipeline.train_batches(section, batch_size=2, seed=0)
-  result = next(batches)
-  batches.close()
-  return result
+def step(place, name, split, modality="av"):
+  """One training step of a pretraining; its batch."""
+  config = runs.stage(
+    "avmae_vgg",
+    f"demo,modality={modality}",
+    data__dir=str(place),
+    data__name=name,
+    data__split=split,
+    batch_size=2,
+  )
+  config.data.video.update(num_frames=2, resize=32, size=32)
+  config.data.audio.seconds = 0.5
+  batch, loss = runs.first_step(config)
+  assert np.isfinite(loss)
+  return batch
 
 
 # --------------------------------------------------------------- AudioCaps
@@ -184,7 +189,7 @@ def test_audiocaps(media, audiocaps_tables, tmp_path):
   assert list(tests) == ["HHHHHHHHHHH", "GGGGGGGGGGG"]  # H is 97151.mp4
   for name, record in tests.items():
     assert captions(record) == [f"{name[0]} caf\xe9 {k}" for k in range(5)]
-  found = batch(tmp_path, "audiocaps", "test")
+  found = step(tmp_path, "audiocaps", "test")
   assert sorted(found["id"]) == sorted(tests)
   assert found["has_audio"].all() and found["has_video"].all()
   assert found["frames"].shape == (2, 2, 32, 32, 3)
@@ -262,7 +267,7 @@ def test_clotho(media, tmp_path):
   assert built["Santa Motor"]["waveform"].shape == (RATE,)  # from 44.1 kHz
   assert built["a:b"]["end"] == 2.0  # unpacked as a_b.wav
   assert list(clips(place, "test")) == ["Wind"]
-  found = batch(tmp_path, "clotho", "train", "a")
+  found = step(tmp_path, "clotho", "train", "a")
   assert found["waveform"].shape == (2, RATE // 2)
 
 
@@ -335,7 +340,7 @@ def test_msrvtt(media, tmp_path, capsys):
   assert captions(clips(place, "test_1ka")["video9770"]) == [
     "a person is connecting something to system"
   ]
-  assert sorted(batch(tmp_path, "msrvtt", "train")["id"]) == [
+  assert sorted(step(tmp_path, "msrvtt", "train")["id"]) == [
     "video0",
     "video2",
   ]
@@ -400,7 +405,7 @@ def test_acav(media, tmp_path):
   }
   whole = clips(place, "train")["CCCCCCCCCCC_2"]
   assert first_level(whole) == pytest.approx(20, abs=3)
-  found = batch(tmp_path / "data", "acav", "train")
+  found = step(tmp_path / "data", "acav", "train")
   assert found["has_audio"].all() and found["has_video"].all()
 
 

@@ -7,7 +7,7 @@ import pytest
 import tensorflow_datasets as tfds
 
 from avjax import train
-from avjax.data import demo_clip, pipeline
+from avjax.data import demo_clip
 from avjax.errors import InputError
 from data_prep import (
   audioset,
@@ -85,10 +85,6 @@ def tiny(name, folder, split, **overrides):
     batch_size=2,
     **overrides,
   )
-
-
-def one_batch(config):
-  return next(pipeline.train_batches(config.data, batch_size=2, seed=0))
 
 
 # --- VGGSound ---
@@ -246,9 +242,10 @@ def test_audioset(events):
   assert counts == {**COUNTS, "built": 5}
 
 
-def test_audioset_batch(events):
+def test_audioset_trains(events):
   config = tiny("avmae_audioset_finetune", events[0], "train_20k")
-  batch = one_batch(config)
+  batch, loss = runs.first_step(config)
+  assert np.isfinite(loss)
   assert batch["label"].shape == (2, 527)
   assert set(batch["label"].sum(1)) <= {1, 2}
 
@@ -333,11 +330,13 @@ def test_ave(localisation):
   assert read(place, "validation")[1] == {"built": 1, "duplicate": 1}
 
 
-def test_ave_batch(localisation):
+def test_ave_trains(localisation):
   config = tiny("avmae_ave_finetune", localisation[0], "train")
   config.data.audio.seconds = 10.0
   config.data.video.num_frames = 20
-  assert one_batch(config)["label/segment"].shape == (2, 10, 29)
+  batch, loss = runs.first_step(config)
+  assert batch["label/segment"].shape == (2, 10, 29)
+  assert np.isfinite(loss)
 
 
 # --- Epic Kitchens ---
@@ -415,10 +414,23 @@ def test_epic_kitchens(kitchens):
   assert rows["validation"][5].file == "P03/P03_01.MP4"  # missing
 
 
-def test_epic_kitchens_batch(kitchens):
-  batch = one_batch(tiny("avmae_epic_finetune", kitchens[0], "train"))
+def test_epic_kitchens_trains(kitchens):
+  config = tiny("avmae_epic_finetune", kitchens[0], "train")
+  batch, loss = runs.first_step(config)
+  assert np.isfinite(loss)
   assert batch["label/noun"].shape == (2, 300)
   assert batch["label/verb"].shape == (2, 97)
+
+
+def test_pretraining_configs_train(vgg, events):
+  """Both are of one shape, so one is compiled."""
+  for config in (
+    tiny("avmae_vgg", vgg[0], "train"),
+    tiny("avmae_audioset", events[0], "train_2m"),
+  ):
+    batch, loss = runs.first_step(config)
+    assert "label" not in batch
+    assert np.isfinite(loss)
 
 
 # --- Malformed rows ---
