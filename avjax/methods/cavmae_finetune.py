@@ -25,7 +25,7 @@ from jaxtyping import Array, Bool, Float
 from avjax import losses
 from avjax.errors import InputError, lookup
 from avjax.methods.base import Inputs, Params
-from avjax.methods.cavmae import CAVMethod, present
+from avjax.methods.cavmae_base import CAVMethod, present
 from avjax.methods.cavmae_config import finetune_model as default_model
 from avjax.nn import cav_encoder, heads
 from avjax.nn.cav_encoder import ALONE, INPUTS, MODALITIES, TOGETHER, Pass

@@ -1,0 +1,143 @@
+"""What the methods on CAV-MAE's encoder share.
+
+The encoder is in `avjax/nn/cav_encoder.py`. Weight decay applies to every
+parameter of this family; those that no loss reaches are of the group `frozen`.
+"""
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
+
+from avjax import losses
+from avjax.methods.base import Inputs, Loaded, Method, ParamInfo, Params
+from avjax.methods.cavmae_config import check
+from avjax.nn import cav_encoder, sizes
+from avjax.nn.cav_encoder import ALONE, INPUTS, CAVEncoder, Pass
+from avjax.nn.transformer import stack_layers, unstack_layers
+from avjax.optim import FROZEN
+from avjax.weights import transfer
+
+# LayerNorms of the joint block, and the ending that tells their set.
+NORM = re.compile(r"encoder_joint/(?:block_00/)?norm\d?(|_audio|_video)/")
+
+
+class CAVMethod(Method):
+  """What pretraining and fine-tuning share."""
+
+  fixed_positions = False
+  passes: Sequence[Pass] = ()  # of the training, through the joint block
+
+  def __init__(self, config: Any):
+    super().__init__(config)
+    self.model = check(config.model)
+    self.size = sizes.resolve(self.model)
+    self.num_layers = self.size.depth
+
+  def encoder(
+    self, inputs: Inputs, cls: Any = CAVEncoder, **more: Any
+  ) -> CAVEncoder:
+    """The Flax module for inputs of this size."""
+    stack = {k: self.model[k] for k in ("attention", "remat", "scan")}
+    grids = cav_encoder.grids(inputs, self.model)
+    return cls(self.size, grids, self.fixed_positions, stack, **more)
+
+  def apply(
+    self, module: CAVEncoder, params: Params, inputs: Inputs, *rest: Any
+  ) -> Any:
+    """Runs a module on the inputs' patches, in the dtype of the config."""
+    cav_encoder.check_places(params, module.grids)
+    patches = cav_encoder.patches(inputs, self.model)
+    patches = {m: patches[m].astype(self.config.dtype) for m in module.grids}
+    if self.model.scan:
+      params = stack_layers(params)
+      joint = unstack_layers(params["encoder_joint"])  # never scanned
+      params = {**params, "encoder_joint": joint}
+    return module.apply({"params": params}, patches, *rest)
+
+  def draw_params(self, rng: jax.Array, inputs: Inputs, module: CAVEncoder,
+                  *rest: Any) -> Params:  # fmt: skip
+    """Initial parameters under per-layer names, whatever `scan` says."""
+    passes = [ALONE[m] for m in module.grids]
+    passes = [("", tuple(module.grids)), *passes]
+    module = module.clone(stack={**module.stack, "scan": False})
+    patches = cav_encoder.patches(inputs, self.model)
+    params = module.init(rng, patches, passes, *rest)["params"]
+    return cav_encoder.first_values(params)
+
+  def embed(self, params: Params, inputs: Inputs) -> dict[str, jax.Array]:
+    """Retrieval features: what the contrastive loss compares, unmasked.
+
+    Returns:
+      'audio' and 'video' [b d] of the modalities in the inputs: the mean over
+      all tokens after the modality's own pass, of length 1.
+    """
+    module = self.encoder(inputs)
+    passes = [ALONE[m] for m in module.grids]
+    tokens = self.apply(module, params, inputs, passes)
+    pooled = [x.astype(jnp.float32).mean(1) for x in tokens]
+    return dict(zip(module.grids, map(losses.unit, pooled), strict=True))
+
+  def param_info(self, path: str) -> ParamInfo:
+    """Layer 0 is the input, then the blocks; the joint block is the last."""
+    stack, _, rest = path.partition("/")
+    layer = self.num_layers + 1
+    if stack.startswith(("embed_", "positions_", "modality_token_")):
+      layer = 0
+    elif stack.startswith("encoder_") and rest.startswith("block_"):
+      block = int(rest.split("/")[0].removeprefix("block_"))
+      joint = stack == "encoder_joint"
+      layer = self.num_layers if joint else block + 1
+    return ParamInfo(layer, self.group(path))
+
+  def group(self, path: str) -> str:
+    """FROZEN where no pass of the training gets: PyTorch, which the numbers
+    come from, leaves parameters without gradient alone, decay included.
+    """
+    norm = NORM.match(path)
+    if norm and norm[1] not in [ending for ending, _ in self.passes]:
+      return FROZEN
+    reached = {m for _, names in self.passes for m in names}
+    root = path.split("/")[0]
+    missed = tuple(m for m in INPUTS if m not in reached)
+    return FROZEN if root.endswith(missed) else "default"
+
+  def adapt(
+    self, params: Params, source: Params, source_config: Mapping[str, Any]
+  ) -> Loaded:
+    """See `Method.adapt`: from pretraining or fine-tuning of this family.
+
+    Position tables of another clip length or picture size are resized by
+    `transfer.time_axis` and `transfer.picture`; a classifier of other classes
+    keeps its initial values. {'audio': …, 'video': …} of two sources gives
+    each branch its own; what both share comes from the video's.
+    """
+    mels = self.config.data.fbank.num_mels // self.model.patch_audio[0]
+    tables = {}
+    for prefix in ("", "decoder_"):
+      tables[f"{prefix}positions_audio"] = transfer.time_axis(mels)
+      tables[f"{prefix}positions_video"] = transfer.picture
+    two = set(source) == set(INPUTS)
+
+    def candidates(path: str) -> list[str]:
+      m = "audio" if "_audio" in path else "video"
+      return [f"{m}/{path}" if two else path]
+
+    return transfer.fill(
+      params,
+      source,
+      candidates,
+      reshape=tables,
+      optional=("classifier/out", "head_"),
+    )
+
+
+def present(inputs: Inputs, names: Sequence[str]) -> Bool[Array, "b"]:
+  """Examples that are no padding and have all of the named modalities."""
+  told = ("valid", *(f"has_{m}" for m in names))
+  flags = [inputs[key] for key in told if key in inputs]
+  b = len(next(iter(inputs.values())))
+  return jnp.stack([jnp.ones(b, bool), *flags]).all(0)
