@@ -2,7 +2,9 @@
 
 from setuptools import find_packages, setup
 
+TORCH = "torch==2.13.0"
 TEST = [
+  TORCH,
   "apache-beam>=2.60",
   "beartype>=0.19",
   "kaldi-native-fbank>=1.22",
@@ -52,7 +54,9 @@ setup(
     "cuda": ["jax[cuda12]>=0.10,<0.13"],
     "tpu": ["jax[tpu]>=0.10,<0.13"],
     "tf": ["tensorflow-cpu>=2.21,<2.22", "tensorboard>=2.20"],
-    "torch": ["torch>=2.6"],
+    # Reads .pth files. Add --index-url=https://download.pytorch.org/whl/cpu
+    # for the CPU's wheel: PyPI's brings CUDA along, several GB.
+    "torch": [TORCH],
     "labels": ["transformers>=4.50", "ultralytics>=8.3"],
     "beam": ["apache-beam>=2.60"],
     "test": TEST,

@@ -19,7 +19,7 @@ from avjax import (
   report,
 )
 from avjax import config as config_lib
-from avjax.checkpoint import Checkpoints
+from avjax.checkpoint import restore_params
 from avjax.data import pipeline
 from avjax.errors import unknown
 from avjax.evaluators.base import Context, Evaluator
@@ -91,12 +91,11 @@ def evaluate(
   if only and only not in config.evals:
     raise unknown("evaluation", only, config.evals)
   setup = experiment.build(config)
-  checkpoints = Checkpoints(run.checkpoints, keep=None)
-  step, state, _ = checkpoints.restore(
-    setup.stored_shapes(), step=step or named
-  )
-  checkpoints.close()
-  params = setup.eval_params(setup.place(state))
+  # Parameters alone: converted weights have no more than these.
+  step = named if step is None else step
+  step, params = restore_params(run.checkpoints, step)
+  shardings = jax.tree.map(lambda x: x.sharding, setup.state_shapes["params"])
+  params = jax.device_put(experiment.live(config, params), shardings)
   writer = Writer(Workdir(run.root / "evaluation"), step)
   scores = {}
   for name, evaluator in make_evaluators(setup, run, writer).items():

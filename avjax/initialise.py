@@ -1,4 +1,7 @@
-"""`config.init_from`: starts a model from another run's parameters."""
+"""`config.init_from`: starts a model from another one's parameters.
+
+They are those of a run or of a file of weights, public or our own.
+"""
 
 import dataclasses
 import json
@@ -11,13 +14,18 @@ from absl import logging
 from avjax import experiment, optim
 from avjax.checkpoint import restore_params
 from avjax.errors import InputError
-from avjax.methods.base import Loaded
+from avjax.methods.base import Loaded, Method
+from avjax.weights import families, image, transfer
 from avjax.workdir import Workdir, workdir
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """Parameters under the house's names and the config they came from."""
+  """Parameters under the house's names and the config they came from.
+
+  An image model's (MAE, ViT) are an image tree (`avjax.weights.image`) and its
+  config is `image.CONFIG`: it can start a model but is none.
+  """
 
   params: Any
   config: dict[str, Any]
@@ -46,21 +54,40 @@ def parse(text: str) -> dict[str, str]:
   return parts
 
 
-def read(path: str | pathlib.Path) -> Source:
-  """The newest verified parameters of a run's folder or of a checkpoint.
+def read(path: str | pathlib.Path, *, complete: bool = True) -> Source:
+  """Parameters of a file of weights, or the newest verified ones of a run.
 
   Args:
     path: a workdir (a staged one: its first stage that pretrains is not
       guessed, the last finished stage is taken), a stage's folder, a
-      `checkpoints` folder or one step in it.
+      `checkpoints` folder or one step in it; or a file of
+      `avjax.weights.formats.read`, whose config is the one that goes with it.
+    complete: False does not look for a public file's config: `config` is its
+      method alone.
 
   Raises:
-    InputError: there is no run or no intact checkpoint.
+    InputError: there is no run, no intact checkpoint, no such weights, or no
+      config that goes with them.
   """
+  file = pathlib.Path(path).expanduser()
+  if file.is_file():
+    return from_file(families.load(file), file, complete=complete)
   run, step = locate(path)
   config = run.read_config()
   step, params = restore_params(run.checkpoints, step)
   return Source(params, config, step, run.root)
+
+
+def from_file(
+  weights: families.Weights, file: pathlib.Path, *, complete: bool = True
+) -> Source:
+  """`read` for weights that have been loaded."""
+  config = weights.config or {"method": weights.method, "model": {}}
+  if weights.method == image.METHOD:
+    config = image.CONFIG
+  elif complete:
+    config = families.config_of(weights)
+  return Source(weights.params, config, 0, file)
 
 
 def locate(path: str | pathlib.Path) -> tuple[Workdir, int | None]:
@@ -68,6 +95,11 @@ def locate(path: str | pathlib.Path) -> tuple[Workdir, int | None]:
   path = pathlib.Path(path).expanduser()
   if not path.exists():
     raise InputError(f"{path} does not exist")
+  if path.is_file():
+    raise InputError(
+      f"{path} is a file, not a run; `python -m avjax.convert --weights={path} "
+      "--output=DIR` makes a folder that can be evaluated"
+    )
   step = None
   if path.name.isdigit() and path.parent.name == "checkpoints":
     step, path = int(path.name), path.parent
@@ -96,14 +128,10 @@ def from_weights(
   saved as loading.json.
   """
   config = setup.config
-  parts = {m: read(p) for m, p in parse(config.init_from).items()}
-  if "" in parts:
-    source, source_config = parts[""].params, parts[""].config
-  else:
-    source = {m: part.params for m, part in parts.items()}
-    source_config = {m: part.config for m, part in parts.items()}
+  named = parse(config.init_from).items()
+  parts = {m: read(path, complete=False) for m, path in named}
   target = jax.device_get(experiment.stored(config, state["params"]))
-  loaded = setup.method.adapt(target, source, source_config)
+  loaded = adapt(setup.method, target, parts)
   if not loaded.loaded:
     raise InputError(
       f"nothing in {config.init_from} fits the method {config.method}: "
@@ -116,6 +144,38 @@ def from_weights(
   state["params"] = params
   state["average"] = optim.init_average(config.optimizer, params)
   return state
+
+
+def adapt(method: Method, params: Any, parts: dict[str, Source]) -> Loaded:
+  """A method's parameters with the sources' in place.
+
+  Args:
+    method: of the model to start.
+    params: its initial parameters, or their shapes.
+    parts: by modality as `parse` has it.
+
+  Raises:
+    InputError: an image model beside a source of another kind; or the
+      parameters do not fit.
+  """
+  config = {m: part.config for m, part in parts.items()}
+  source = {m: part.params for m, part in parts.items()}
+  if "" in parts:
+    config, source = config[""], source[""]
+  images = [m for m, p in parts.items() if p.config["method"] == image.METHOD]
+  if images and len(images) < len(parts):
+    (own,) = set(parts) - set(images)
+    raise InputError(
+      f"init_from: {parts[images[0]].path} is an image model, "
+      f"{parts[own].path} is not; convert the first to an audiovisual model "
+      "with python -m avjax.convert --config=…"
+    )
+  if images:
+    return image.start(params, source, method.config)
+  if type(method).adapt is Method.adapt:
+    # No rules of its own: equal names, equal shapes.
+    return transfer.fill(params, source, lambda path: [path])
+  return method.adapt(params, source, config)
 
 
 def say(loaded: Loaded, parts: dict[str, Source], run: Workdir) -> None:

@@ -1,0 +1,168 @@
+"""Public checkpoints that can be converted, and what to expect of them.
+
+Licences are those that the projects state for code and weights alike; Scenic's
+READMEs name none for the weights alone. Scores are the ones the projects or
+papers print: CAV-MAE's README and training logs, AV-MAE's and MBT's READMEs,
+MAE's README (ImageNet-1K after fine-tuning), table 6 of AV-MAE for ViT.
+"""
+
+import dataclasses
+
+CAVMAE = "https://github.com/YuanGongND/cav-mae"
+MAE = "https://github.com/facebookresearch/mae"
+VIT = "https://github.com/google-research/vision_transformer"
+SCENIC = "https://github.com/google-research/scenic/tree/main/scenic/projects/"
+BSD, APACHE, NC = "BSD-2-Clause", "Apache-2.0", "CC-BY-NC 4.0"
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+  """One public file.
+
+  Attributes:
+    name: of the file or folder, as its project has it.
+    family: name in `avjax.weights.families.FAMILIES`.
+    licence: SPDX name or as the project writes it.
+    score: as published, with its metric and data; '' = none is published.
+    config: of ours that goes with it, or that it starts.
+    origin: the project's page, which links the file.
+  """
+
+  name: str
+  family: str
+  licence: str
+  score: str
+  config: str
+  origin: str
+
+
+def _cavmae(name: str, score: str, config: str) -> Checkpoint:
+  return Checkpoint(name, "cavmae", BSD, score, config, CAVMAE)
+
+
+def _avmae(name: str, score: str, config: str) -> Checkpoint:
+  return Checkpoint(name, "avmae", APACHE, score, config, SCENIC + "av_mae")
+
+
+def _finetuned(name: str, score: str, config: str) -> Checkpoint:
+  return Checkpoint(name, "mbt", APACHE, score, config, SCENIC + "av_mae")
+
+
+def _mbt(name: str, score: str, config: str) -> Checkpoint:
+  return Checkpoint(name, "mbt_original", APACHE, score, config, SCENIC + "mbt")
+
+
+AS, VGG = "cavmae_audioset.py", "cavmae_vgg.py"
+AS20K, AS2M = "cavmae_as20k_finetune.py", "cavmae_as2m_finetune.py"
+VGG_FT = "cavmae_vgg_finetune.py"
+AVMAE_AS, AVMAE_AS_FT = "avmae_audioset.py", "avmae_audioset_finetune.py"
+AVMAE_VGG, AVMAE_VGG_FT = "avmae_vgg.py", "avmae_vgg_finetune.py"
+
+CHECKPOINTS = (
+  _cavmae("CAV-MAE-Scale++ (audio_model.21.pth)", "", AS),
+  _cavmae(
+    "CAV-MAE-Scale+ (audio_model.25.pth)",
+    "zero-shot R@1 AudioSet V→A 18.8, A→V 15.1; VGGSound 14.8, 12.8",
+    AS,
+  ),
+  _cavmae("CAV-MAE-Base (cav-mae-base.pth)", "", AS),
+  _cavmae("CAV-MAE-Base-NoNorm (cav-mae-base-nonorm.pth), inpainting", "", AS),
+  _cavmae("ablations of masking, ratio, λ_c and direction", "", AS),
+  _cavmae("as-full-51.2.pth", "51.2 mAP AS-2M audiovisual", AS2M),
+  _cavmae("as-20k-42.0.pth", "42.0 mAP AS-20K audiovisual", AS20K),
+  _cavmae("vgg_65.5.pth", "65.5 top-1 VGGSound audiovisual", VGG_FT),
+  _cavmae(
+    "vgg_66.0.pth (AS-2M + VGGSound pretraining)",
+    "65.9 top-1 VGGSound audiovisual",
+    VGG_FT,
+  ),
+  _cavmae("as_46.6.pth", "46.6 mAP AS-2M audio", AS2M),
+  _cavmae("as_37.7.pth", "37.7 mAP AS-20K audio", AS20K),
+  _cavmae("vgg_59.8.pth", "59.8 top-1 VGGSound audio", VGG_FT),
+  Checkpoint(
+    "mae_pretrain_vit_base.pth, mae_pretrain_vit_base_full.pth",
+    "mae",
+    NC,
+    "83.6 top-1 ImageNet-1K fine-tuned",
+    f"starts {AS}, {AVMAE_VGG}:size=B",
+    MAE,
+  ),
+  Checkpoint(
+    "mae_pretrain_vit_large.pth",
+    "mae",
+    NC,
+    "85.9 top-1 ImageNet-1K fine-tuned",
+    f"starts {AVMAE_VGG}",
+    MAE,
+  ),
+  Checkpoint(
+    "ViT-B_16.npz (imagenet21k), timm's names too",
+    "vit",
+    APACHE,
+    "64.1 top-1 VGGSound through MBT (AV-MAE, table 6)",
+    f"starts {AVMAE_VGG_FT}:size=B",
+    VIT,
+  ),
+  Checkpoint(
+    "ViT-L_16.npz (imagenet21k), timm's names too",
+    "vit",
+    APACHE,
+    "61.4 top-1 VGGSound through MBT (AV-MAE, table 6)",
+    f"starts {AVMAE_VGG_FT}",
+    VIT,
+  ),
+  _avmae("as2m_selfsup_audiovisual", "", AVMAE_AS + ":variant=public"),
+  _avmae("as2m_selfsup_audio", "", AVMAE_AS + ":variant=public,modality=a"),
+  _avmae("vggsound_selfsup_audiovisual", "", AVMAE_VGG + ":variant=public"),
+  *(
+    _finetuned(
+      f"as2m_selfsup_audiovisual_finetuned_{m}",
+      f"{score} mAP AudioSet",
+      f"{AVMAE_AS_FT}:variant=public{arg}",
+    )
+    for m, score, arg in (
+      ("audiovisual", 51.8, ""),
+      ("audio", 46.6, ",modality=a"),
+      ("video", 31.1, ",modality=v"),
+    )
+  ),
+  _finetuned(
+    "as2m_selfsup_audio_finetuned_audio",
+    "46.4 mAP AudioSet",
+    f"{AVMAE_AS_FT}:variant=public,modality=a",
+  ),
+  *(
+    _finetuned(
+      f"vggsound_selfsup_audiovisual_finetuned_{m}",
+      f"{score} top-1 VGGSound",
+      f"{AVMAE_VGG_FT}:variant=public{arg}",
+    )
+    for m, score, arg in (
+      ("audiovisual", "65.0", ""),
+      ("audio", "57.2", ",modality=a"),
+      ("video", "50.3", ",modality=v"),
+    )
+  ),
+  *(
+    _mbt(f"mbtb32_as-{data}_{m}", f"{score} mAP AudioSet", AVMAE_AS_FT)
+    for data, m, score in (
+      ("mini", "spec", 30.9),
+      ("mini", "rgb", "27.0"),
+      ("mini", "rgb-spec", 43.9),
+      ("500k", "spec", "44.0"),
+      ("500k", "rgb", 33.9),
+      ("500k", "rgb-spec", 52.3),
+    )
+  ),
+)
+
+
+def markdown() -> str:
+  """The table, as the README has it."""
+  rows = ["| checkpoint | family | licence | published score | config | from |"]
+  rows.append("|---|---|---|---|---|---|")
+  for c in CHECKPOINTS:
+    score = c.score or "–"
+    cells = (c.name, c.family, c.licence, score, c.config, c.origin)
+    rows.append(f"| {' | '.join(cells)} |")
+  return "\n".join(rows)
