@@ -1,0 +1,175 @@
+"""python -m data_prep.extract --output=DIR ARCHIVE.tar.gz …
+
+Unpacks .tar (.gz, .bz2, .xz) and .zip files of media into a folder, which is
+what `data_prep.build --media` reads. Nothing is written outside the folder:
+members with such a path, links and devices are passed over and listed. What is
+there with its full size is not written again, so a stopped run goes on.
+"""
+
+import collections
+import contextlib
+import dataclasses
+import pathlib
+import shutil
+import sys
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterator, Sequence
+from typing import IO, Any
+
+from absl import app, flags
+
+from avjax import commands
+from avjax.errors import InputError
+from data_prep import progress, recorder
+
+GIGABYTE = 10**9
+
+
+@dataclasses.dataclass(frozen=True)
+class Member:
+  """One entry of an archive.
+
+  Attributes:
+    name: path in the archive.
+    size: bytes of its content.
+    problem: why it is not written; '' = it is a file.
+    content: the archive's own handle of it.
+  """
+
+  name: str
+  size: int
+  problem: str
+  content: Any
+
+
+def extract(
+  archive: pathlib.Path, folder: pathlib.Path, *, max_bytes: int
+) -> dict[str, list[str]]:
+  """Unpacks an archive.
+
+  Args:
+    archive: a tar or zip file.
+    folder: where to; made if it is not there.
+    max_bytes: of all members together, as the archive states them.
+
+  Returns:
+    Names by outcome: 'written', 'there already', 'outside the folder',
+    'link or device'.
+
+  Raises:
+    InputError: the archive cannot be read to its end, or holds more than
+      `max_bytes`.
+  """
+  outcomes: dict[str, list[str]] = collections.defaultdict(list)
+  folder.mkdir(parents=True, exist_ok=True)
+  total = 0
+  try:
+    with _open(archive) as (members, read):
+      for member in members:
+        total += member.size
+        if total > max_bytes:
+          raise InputError(
+            f"{archive} holds more than {max_bytes / GIGABYTE:g} GB; allow it "
+            "with --max_gb"
+          )
+        outcomes[_place(member, folder, read)].append(member.name)
+  except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError,
+          zlib.error, NotImplementedError, RuntimeError) as error:  # fmt: skip
+    raise InputError(f"{archive} cannot be unpacked: {error}") from error
+  return dict(outcomes)
+
+
+def _place(member: Member, folder: pathlib.Path, read: Any) -> str:
+  """Writes a member; what became of it."""
+  if member.problem:
+    return member.problem
+  try:
+    target = recorder.inside(folder, member.name, "member")
+    # A link that was there before may lead out of the folder, too.
+    if not target.resolve().is_relative_to(folder.resolve()):
+      return "outside the folder"
+  except (InputError, ValueError):
+    return "outside the folder"
+  if target.is_file() and target.stat().st_size == member.size:
+    return "there already"
+  target.parent.mkdir(parents=True, exist_ok=True)
+  temporary = target.with_name(target.name + ".tmp")
+  with read(member) as source, temporary.open("wb") as copy:
+    shutil.copyfileobj(source, copy, 1 << 20)
+  if temporary.stat().st_size != member.size:
+    raise EOFError(
+      f"{member.name} has {temporary.stat().st_size} of {member.size} bytes"
+    )
+  temporary.replace(target)
+  return "written"
+
+
+@contextlib.contextmanager
+def _open(archive: pathlib.Path) -> Iterator[tuple[Iterator[Member], Any]]:
+  """The members, and what reads one."""
+  if zipfile.is_zipfile(archive):
+    with zipfile.ZipFile(archive) as file:
+
+      def open_zipped(member: Member) -> IO[bytes]:
+        return file.open(member.content)
+
+      yield _zipped(file), open_zipped
+    return
+  with tarfile.open(archive) as file:  # in the order of its bytes
+
+    def open_tarred(member: Member) -> IO[bytes]:
+      content = file.extractfile(member.content)
+      if content is None:
+        raise tarfile.ReadError(f"{member.name} has no content")
+      return content
+
+    yield _tarred(file), open_tarred
+
+
+def _tarred(file: tarfile.TarFile) -> Iterator[Member]:
+  for info in file:
+    if not info.isdir():
+      problem = "" if info.isreg() else "link or device"
+      yield Member(info.name, info.size, problem, info)
+
+
+def _zipped(file: zipfile.ZipFile) -> Iterator[Member]:
+  for info in file.infolist():
+    if not info.is_dir():
+      # The upper half of the attributes is the Unix mode: 0o12 is a link.
+      link = info.external_attr >> 28 == 0o12
+      problem = "link or device" if link else ""
+      yield Member(info.filename, info.file_size, problem, info)
+
+
+def main(argv: Sequence[str]) -> None:
+  """Unpacks the archives one after the other."""
+  folder = pathlib.Path(flags.FLAGS.output).expanduser()
+  archives = [pathlib.Path(name).expanduser() for name in argv[1:]]
+  if not archives:
+    raise InputError("name at least one archive")
+  limit = round(flags.FLAGS.max_gb * GIGABYTE)
+  for archive in progress.track(archives, len(archives), "archives"):
+    outcomes = extract(archive, folder, max_bytes=limit)
+    counts = [f"{len(names)} {word}" for word, names in outcomes.items()]
+    print(f"{archive}: {', '.join(counts) or 'empty'}", file=sys.stderr)
+    for word in ("outside the folder", "link or device"):
+      for name in outcomes.get(word, ()):
+        print(f"  {word}: {name!r}", file=sys.stderr)
+
+
+def run(argv: list[str]) -> None:
+  """`main`; bad input is one line and exit status 2."""
+  try:
+    main(argv)
+  except InputError as error:
+    commands.refuse(error)
+
+
+if __name__ == "__main__":
+  flags.DEFINE_string("output", None, "Folder to unpack into.")
+  flags.DEFINE_float("max_gb", 4_000.0, "Largest content of an archive.")
+  flags.mark_flag_as_required("output")
+  app.run(run)

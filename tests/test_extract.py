@@ -1,0 +1,128 @@
+"""Archives are unpacked into their folder and nowhere else."""
+
+import io
+import os
+import subprocess
+import sys
+import tarfile
+import zipfile
+
+import pytest
+
+from avjax.errors import InputError
+from data_prep import extract
+from tests import runs
+
+FILES = {"a/-x.mp4": b"video", "b.txt": b"words" * 1_000}
+
+
+def tarred(path, mode="w:gz", more=()):
+  with tarfile.open(path, mode) as file:
+    for name, content in FILES.items():
+      info = tarfile.TarInfo(name)
+      info.size = len(content)
+      file.addfile(info, io.BytesIO(content))
+    for info in more:
+      file.addfile(info, io.BytesIO(b"evil" if info.isreg() else b""))
+  return path
+
+
+def zipped(path, more=()):
+  with zipfile.ZipFile(path, "w") as file:
+    for name, content in FILES.items():
+      file.writestr(name, content)
+    for info in more:
+      file.writestr(info, "evil")
+  return path
+
+
+def member(name, kind=tarfile.REGTYPE, link=""):
+  info = tarfile.TarInfo(name)
+  info.type, info.linkname = kind, link
+  info.size = 4 if kind == tarfile.REGTYPE else 0
+  return info
+
+
+def contents(folder):
+  return {
+    path.relative_to(folder).as_posix(): path.read_bytes()
+    for path in folder.rglob("*")
+    if path.is_file()
+  }
+
+
+@pytest.mark.parametrize("name", ["m.tar", "m.tar.gz", "m.tar.xz", "m.zip"])
+def test_archives_are_unpacked_and_not_twice(name, tmp_path):
+  path, out = tmp_path / name, tmp_path / "-out"
+  mode = f"w:{path.suffix[1:].replace('tar', '')}"
+  zipped(path) if name.endswith("zip") else tarred(path, mode)
+  found = extract.extract(path, out, max_bytes=10_000)
+  assert found == {"written": list(FILES)}
+  assert contents(out) == FILES
+  (out / "b.txt").write_bytes(b"stopped here")
+  found = extract.extract(path, out, max_bytes=10_000)
+  assert found == {"there already": ["a/-x.mp4"], "written": ["b.txt"]}
+  assert contents(out) == FILES
+
+
+def test_tar_stays_inside(tmp_path):
+  bad = [
+    member("../evil"),
+    member(str(tmp_path / "evil")),
+    member("link", tarfile.SYMTYPE, str(tmp_path)),
+    member("link/evil"),
+    member("hard", tarfile.LNKTYPE, "../../evil"),
+    member("device", tarfile.CHRTYPE),
+  ]
+  path, out = tarred(tmp_path / "m.tar", "w", bad), tmp_path / "inner" / "out"
+  found = extract.extract(path, out, max_bytes=10_000)
+  assert found["outside the folder"] == ["../evil", str(tmp_path / "evil")]
+  assert found["link or device"] == ["link", "hard", "device"]
+  # The link was not made, so this is a file in a folder of that name.
+  assert contents(out) == {**FILES, "link/evil": b"evil"}
+  assert sorted(os.listdir(tmp_path)) == ["inner", "m.tar"]
+
+
+def test_zip_stays_inside(tmp_path):
+  link = zipfile.ZipInfo("link")
+  link.external_attr = 0o120777 << 16
+  path = zipped(tmp_path / "m.zip", [zipfile.ZipInfo("../evil"), link])
+  found = extract.extract(path, tmp_path / "out", max_bytes=10_000)
+  assert found["outside the folder"] == ["../evil"]
+  assert found["link or device"] == ["link"]
+  assert contents(tmp_path / "out") == FILES
+
+
+def test_link_that_is_there_leads_nowhere(tmp_path):
+  out = tmp_path / "out"
+  out.mkdir()
+  (tmp_path / "else").mkdir()
+  (out / "a").symlink_to(tmp_path / "else")
+  found = extract.extract(tarred(tmp_path / "m.tgz"), out, max_bytes=10_000)
+  assert found["outside the folder"] == ["a/-x.mp4"]
+  assert not any((tmp_path / "else").iterdir())
+
+
+def test_bad_archives_are_named(tmp_path):
+  whole = tarred(tmp_path / "m.tar", "w").read_bytes()
+  (tmp_path / "cut.tar").write_bytes(whole[: len(whole) // 4])
+  (tmp_path / "text.zip").write_text("no archive")
+  for name in ("cut.tar", "text.zip", "gone.tar"):
+    with pytest.raises(InputError, match=f"{name} cannot be unpacked"):
+      extract.extract(tmp_path / name, tmp_path / "out", max_bytes=10_000)
+  assert "b.txt" not in contents(tmp_path / "out")
+  with pytest.raises(InputError, match="more than 1e-06 GB.*--max_gb"):
+    extract.extract(tmp_path / "m.tar", tmp_path / "out", max_bytes=1_000)
+
+
+def test_command(tmp_path):
+  bad = tarred(tmp_path / "m.tar", "w", [member("../evil")])
+  call = [sys.executable, "-m", "data_prep.extract", "--output", tmp_path / "o"]
+  done = subprocess.run(
+    [*call, bad], cwd=runs.ROOT, capture_output=True, text=True, check=False
+  )
+  assert done.returncode == 0, done.stderr
+  assert "2 written, 1 outside the folder" in done.stderr
+  assert "outside the folder: '../evil'" in done.stderr
+  done = subprocess.run(call, cwd=runs.ROOT, capture_output=True, check=False)
+  assert done.returncode == 2
