@@ -8,14 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import av
 
+from avjax.data.media_folder import EXTENSIONS, walk
 from avjax.errors import InputError
 
-# Of files that differ in the extension alone the first of these is taken.
-EXTENSIONS = (
-  ".mp4", ".mkv", ".webm", ".mov", ".avi", ".m4v", ".mpg", ".mpeg", ".flv",
-  ".3gp", ".ts", ".wmv", ".wav", ".flac", ".m4a", ".mp3", ".ogg", ".opus",
-  ".aac",
-)  # fmt: skip
 # Files that are named after their video alone are taken for whole videos, not
 # for excerpts, if most are longer than this many times the excerpts.
 WHOLE = 2.0
@@ -35,24 +30,10 @@ def index(folder: str | os.PathLike) -> dict[str, list[str]]:
   Raises:
     InputError: there is no such folder.
   """
-  root = pathlib.Path(folder)
-  if not root.is_dir():
-    raise InputError(f"{folder} is not a folder")
   found: dict[str, list[str]] = {}
-  visited = set()
-  for place, folders, files in os.walk(root, followlinks=True):
-    status = os.stat(place)
-    if (status.st_dev, status.st_ino) in visited:  # a link to a parent
-      folders.clear()
-      continue
-    visited.add((status.st_dev, status.st_ino))
-    folders[:] = sorted(name for name in folders if name[0] != ".")
-    inside = pathlib.Path(place).relative_to(root).as_posix()
-    prefix = "" if inside == "." else f"{inside}/"
-    for name in files:
-      stem, extension = _split(name)
-      if extension and name[0] != ".":
-        found.setdefault(stem, []).append(prefix + name)
+  for path in walk(folder):
+    stem, _ = _split(os.path.basename(path))
+    found.setdefault(stem, []).append(path)
   for paths in found.values():
     paths.sort(key=_preference)
   return found
@@ -153,9 +134,12 @@ def locate(media: str | os.PathLike, excerpts: Sequence[Excerpt]) -> list[Part]:
 
 def _timed_names(excerpt: Excerpt) -> list[str]:
   video, start, end = excerpt.video, excerpt.start, excerpt.end
+  six, short = f"{video}_{int(start):06d}.mp4", f"{video}_{start:g}.mp4"
+  # A start within a second is told best by its own digits.
+  first, second = (six, short) if start == int(start) else (short, six)
   return [
-    f"{video}_{int(start):06d}.mp4",
-    f"{video}_{start:g}.mp4",
+    first,
+    second,
     f"{video}_{int(start):06d}_{int(end):06d}.mp4",
     f"{video}_{start:g}_{end:g}.mp4",
     f"{video}_{round(start * 1000)}_{round(end * 1000)}.mp4",
