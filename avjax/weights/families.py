@@ -35,9 +35,10 @@ _CAVMAE = (
   r"blocks_[avu]\..+|norm(_[av])?\.\w+|mask_token|decoder_.+|mlp_head\..+)"
 )
 _SCENIC = (
-  r"(embedding|Encoder_modality|posembed_input|decoder_projection|mask_token|"
-  r"Decoder|output_projection|cls|bottleneck|ProjectionHead).*|"
-  r"Transformer.*/(encoderblock_\d+(_spec\w*)?/(LayerNorm_[01]|"
+  r"cls|clsspectrogram|bottleneck|(mask_token|Encoder_modality_token)_\w+|"
+  r"Decoder_modality_token_\w+|(embedding|posembed_input|decoder_projection|"
+  r"output_projection|ProjectionHeadAndClassifier|Decoder)\w*/.+|"
+  r"Transformer\w*/(encoderblock_\d+(_spec\w*)?/(LayerNorm_[01]|"
   r"MultiHeadDotProductAttention_0|MlpBlock_0)/.+|(encoder_norm|posembed).+)"
 )
 
@@ -344,7 +345,7 @@ def _resize(model: Any, weights: Weights) -> None:
       f"the width {width} is of no standard size ({known}): give --config"
     )
   model.size = size
-  if "modality" in model and weights.family != "cavmae":
+  if "modality" in model:
     model.modality = "av" if len(names) == 2 else names[0][0]
   if "classes" in model:
     model.classes = {"label": _classes(params)}
