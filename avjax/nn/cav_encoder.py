@@ -110,10 +110,11 @@ def paste(m: str, x: Array, canvas: Array, model: Any) -> Array:
 
 
 class JointBlock(nn.Module):
-  """A pre-norm block with LayerNorms of their own for groups of tokens.
+  """A pre-norm block that groups of tokens pass one after the other.
 
-  All groups pass together, so that the weights they share multiply one large
-  matrix; attention stays within a group.
+  Weights are shared but for the LayerNorms. One product for all groups is no
+  faster on a CPU than one for each (measured at B: 2 % slower), because groups
+  have to be put together and cut apart between the products.
 
   Attributes:
     sets: per group, the ending of its LayerNorms' names.
@@ -129,25 +130,17 @@ class JointBlock(nn.Module):
   def __call__(
     self, groups: Sequence[Float[Array, "b _ d"]]
   ) -> list[Float[Array, "b _ d"]]:
-    """Groups of tokens, one per entry of `sets`; examples never meet."""
-    b, _, d = groups[0].shape
-    lengths = [x.shape[1] for x in groups]
-
-    def cut(x):
-      ends = [sum(lengths[: i + 1]) for i in range(len(lengths) - 1)]
-      return jnp.split(x, ends, axis=1)
-
-    def normalised(groups, name):
-      norms = norm_each(groups, name, self.sets)
-      return jnp.concatenate(norms, axis=1).reshape(-1, d)
-
-    x = jnp.concatenate(groups, axis=1)
-    y = SelfAttention(self.heads, self.attention, name="attention")(
-      normalised(groups, "norm1"), b, lengths
-    )
-    x = x + y.reshape(x.shape)
-    y = MLP(self.mlp, "erf", name="mlp")(normalised(cut(x), "norm2"))
-    return cut(x + y.reshape(x.shape))
+    """Groups of tokens, one per entry of `sets`; they do not see each other."""
+    attention = SelfAttention(self.heads, self.attention, name="attention")
+    mlp = MLP(self.mlp, "erf", name="mlp")
+    passed = []
+    for group, ending in zip(groups, self.sets, strict=True):
+      b, _, d = group.shape
+      x = group.reshape(-1, d)
+      x = x + attention(norm("norm1" + ending, x)(x), b)
+      x = x + mlp(norm("norm2" + ending, x)(x))
+      passed.append(x.reshape(group.shape))
+    return passed
 
 
 class Joint(nn.Module):
@@ -174,17 +167,13 @@ class Joint(nn.Module):
       block = nn.remat(JointBlock, policy=policy)
     options = (self.sets, self.heads, self.mlp, self.attention)
     groups = block(*options, name="block_00")(groups)
-    return norm_each(groups, "norm", self.sets)
+    ended = zip(groups, self.sets, strict=True)
+    return [norm("norm" + ending, x)(x) for x, ending in ended]
 
 
-def norm_each(
-  groups: Sequence[Float[Array, "b _ d"]], name: str, sets: Sequence[str]
-) -> list[Float[Array, "b _ d"]]:
-  """Every group through the LayerNorm of its set, within a module."""
-  return [
-    nn.LayerNorm(EPS, dtype=x.dtype, name=name + ending)(x)
-    for x, ending in zip(groups, sets, strict=True)
-  ]
+def norm(name: str, x: Float[Array, "*b d"]) -> nn.LayerNorm:
+  """A LayerNorm of this family within a module."""
+  return nn.LayerNorm(EPS, dtype=x.dtype, name=name)
 
 
 # --- Encoder -----------------------------------------------------------------

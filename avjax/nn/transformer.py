@@ -12,9 +12,8 @@ LayerNorm statistics and softmax in float32. Parameters are per layer:
   norm/{scale,bias}                 after the last block
 """
 
-import itertools
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -57,29 +56,13 @@ class SelfAttention(nn.Module):
   implementation: str = "auto"
 
   @nn.compact
-  def __call__(
-    self,
-    x: Float[Array, "r d"],
-    b: int,
-    lengths: Sequence[int] | None = None,
-  ) -> Float[Array, "r d"]:
-    """Attention within each sequence, or within each of its groups.
-
-    Args:
-      x: rows of `b` sequences of equal length, one after the other.
-      b: number of sequences.
-      lengths: of the groups of tokens that make up every sequence; a group
-        attends to itself alone. None is one group.
-    """
+  def __call__(self, x: Float[Array, "r d"], b: int) -> Float[Array, "r d"]:
+    """Rows of `b` sequences of equal length, one after the other."""
     rows, d = x.shape
     qkv = nn.Dense(3 * d, dtype=x.dtype, kernel_init=qkv_init, name="qkv")(x)
-    qkv = qkv.reshape(b, rows // b, 3, self.heads, d // self.heads)
-    borders = list(itertools.accumulate(lengths or (rows // b,), initial=0))
-    parts = []
-    for start, stop in itertools.pairwise(borders):
-      q, k, v = (qkv[:, start:stop, i] for i in range(3))
-      parts.append(attention(q, k, v, implementation=self.implementation))
-    out = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis=1)
+    shape = (b, rows // b, 3, self.heads, d // self.heads)
+    q, k, v = (qkv.reshape(shape)[:, :, i] for i in range(3))
+    out = attention(q, k, v, implementation=self.implementation)
     return nn.Dense(d, dtype=x.dtype, kernel_init=XAVIER, name="out")(
       out.reshape(rows, d)
     )
