@@ -102,10 +102,13 @@ def start(params: Params, source: Params, config: Any) -> Loaded:
   names = [m for m in _MODALITIES if f"embed_{m}" in params]
   for m in names:
     tree = source[m] if two else source
-    depth, wanted = len(_blocks(tree)), len(transfer.layers(params, m))
-    if depth != wanted:
+    found = len(_blocks(tree)), tree["embed"]["bias"].shape[0]
+    width = params[f"embed_{m}"]["bias"].shape[0]
+    wanted = len(transfer.layers(params, m)), width
+    if found != wanted:
       raise InputError(
-        f"the image model has {depth} blocks, the model {wanted} for {m}"
+        f"the image model has {found[0]} blocks of width {found[1]}, the "
+        f"model {wanted[0]} of width {wanted[1]} for {m}"
       )
   cls = {m: None for m in names}
   if any(f"cls_{m}" in params for m in names):
