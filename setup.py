@@ -11,6 +11,7 @@ TEST = [
   "ipykernel>=6",
   "nbclient>=0.10",
   "nbformat>=5",
+  "pyarrow>=17",
   "pytest>=8",
   "pytest-xdist>=3.6",
   "ruff>=0.9",
@@ -58,6 +59,7 @@ setup(
     # for the CPU's wheel: PyPI's brings CUDA along, several GB.
     "torch": [TORCH],
     "labels": ["transformers>=4.50", "ultralytics>=8.3"],
+    "parquet": ["pyarrow>=17"],
     "beam": ["apache-beam>=2.60"],
     "test": TEST,
   },

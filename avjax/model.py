@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,15 +20,18 @@ from avjax.workdir import workdir
 
 Files = str | pathlib.Path | Sequence[str | pathlib.Path]
 
+CHUNK = 32  # media files decoded and computed at a time
+
 
 def load(path: str | pathlib.Path) -> "Model":
-  """A model from a run's folder, one of its stages or one checkpoint.
+  """A model from a run's folder, a stage of it, a checkpoint or a weights file.
 
   Of a staged run the last stage is taken, of a run its newest intact
   checkpoint.
 
   Raises:
-    InputError: there is no run or no intact checkpoint at `path`.
+    InputError: there is no run, no intact checkpoint and no known weights file
+      at `path`, or the weights are of no method.
   """
   source = initialise.read(path)
   config = config_lib.from_plain(source.config)
@@ -39,6 +42,18 @@ def load(path: str | pathlib.Path) -> "Model":
     with config.unlocked():
       config.model.classes = {head: len(known) for head, known in names.items()}
   return Model(config, methods.make(config), source.params, source.step, names)
+
+
+def padded(batch: Mapping[str, Any], size: int) -> dict[str, Any]:
+  """The batch with its last example repeated, `valid` false, up to a size."""
+  batch = dict(batch)
+  count = len(batch["index"])
+  batch.setdefault("valid", np.ones(count, bool))
+  for name, rows in batch.items():
+    last = np.repeat(rows[-1:], size - count, axis=0)
+    batch[name] = np.concatenate([rows, last])
+  batch["valid"][count:] = False
+  return batch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +80,7 @@ class Model:
     Args:
       clips: a media file, several, or a batch (avjax.batch.BATCH).
     """
-    return jax.device_get(self._embed(self._live, self.batch(clips)))
+    return self._each(clips, lambda batch: self._embed(self._live, batch))
 
   def predict(
     self, clips: Files | Mapping[str, Any], mode: str = "av"
@@ -80,7 +95,9 @@ class Model:
       raise InputError(
         f"mode {mode!r} is not one of {', '.join(self.method.modes)}"
       )
-    return jax.device_get(self._predict(self._live, self.batch(clips), mode))
+    return self._each(
+      clips, lambda batch: self._predict(self._live, batch, mode)
+    )
 
   def classify(
     self, clips: Files, top: int = 5
@@ -97,6 +114,25 @@ class Model:
       [(str(names[k]), float(row[k])) for k in best]
       for row, best in zip(scores, order, strict=True)
     ]
+
+  def _each(
+    self, clips: Files | Mapping[str, Any], compute: Callable[[Any], Any]
+  ) -> dict[str, np.ndarray]:
+    """Computes a batch at once and files in chunks of one size."""
+    if isinstance(clips, Mapping):
+      return jax.device_get(compute(self.batch(clips)))
+    paths = [clips] if isinstance(clips, (str, pathlib.Path)) else list(clips)
+    parts = []
+    for first in range(0, max(len(paths), 1), CHUNK):
+      some = paths[first : first + CHUNK]
+      batch = self.batch(some)
+      if len(paths) > CHUNK:
+        batch = padded(batch, CHUNK)
+      found = jax.device_get(compute(batch))
+      parts.append({name: rows[: len(some)] for name, rows in found.items()})
+    return {
+      name: np.concatenate([part[name] for part in parts]) for name in parts[0]
+    }
 
   def batch(self, clips: Files | Mapping[str, Any]) -> dict[str, Any]:
     """Media files -> a batch, cut as in evaluation (centre of the clip)."""
