@@ -6,6 +6,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tarfile
 
 import pytest
 
@@ -49,6 +50,8 @@ EXPECTED = {
   "python -m avjax.main": Expected(
     code=2, words=("vggsound", "python -m data_prep.build"), devices=4
   ),
+  "python -m data_prep.extract": Expected(words=("1 written",)),
+  "python -m data_prep.subset": Expected(words=("retrieval.txt: 2 of 2",)),
   "python -m data_prep.build": Expected(words=("2 built, 1 missing file",)),
   "python -m data_prep.stats": Expected(words=("--config.data.fbank.mean=",)),
   "python -m data_prep.show": Expected(words=("vggsound_video_test.png",)),
@@ -75,6 +78,9 @@ def place(demo_data, tmp_path_factory):
   (folder / "videos").mkdir()
   for name in ("-aaaaaaaaaa_000030.mp4", "bbbbbbbbbbb_000007.mp4"):
     (folder / "videos" / name).write_bytes(clip)
+  with tarfile.open(folder / "videos.tar.gz", "w:gz") as archive:
+    archive.add(folder / "clip.mp4", "bbbbbbbbbbb_000007.mp4")
+  (folder / "videos/bbbbbbbbbbb_000007.mp4").unlink()
   (folder / "vggsound.csv").write_text(
     '-aaaaaaaaaa,30,"dog barking",test\nbbbbbbbbbbb,7,"people whistling",test\n'
     'ccccccccccc,1,"dog barking",test\n'
