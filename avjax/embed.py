@@ -36,7 +36,7 @@ from concurrent import futures
 from typing import Any
 
 import numpy as np
-from absl import flags
+from absl import flags, logging
 
 from avjax import commands, embed_parts, progress
 from avjax.data import media, media_folder, pipeline
@@ -341,6 +341,7 @@ def make_source(model: Model, values: Any) -> Source:
 def main(argv: list[str]) -> None:
   """Prints what became of the clips."""
   del argv
+  logging.set_verbosity(logging.WARNING)
   values = flags.FLAGS
   model = load(values.model)
   report = run(

@@ -91,8 +91,7 @@ class Parts:
     found = set()
     for path in self._paths():
       try:
-        with np.load(path) as arrays:
-          part = {name: arrays[name] for name in arrays.files}  # checksums
+        part = _read(path)  # verifies checksums
         pairs = zip(
           part["id"].tolist(), part["signature"].tolist(), strict=True
         )
@@ -135,8 +134,7 @@ class Parts:
     """All rows whose clips are there and have not changed, sorted by id."""
     parts: list[Rows] = []
     for path in self._paths():
-      with np.load(path) as arrays:
-        part = {name: arrays[name] for name in arrays.files}
+      part = _read(path)
       known = [signatures.get(str(i)) for i in part["id"]]
       kept = np.array(known, object) == part.pop("signature").astype(object)
       parts.append({name: rows[kept] for name, rows in part.items()})
@@ -154,6 +152,11 @@ class Parts:
   def remove(self) -> None:
     """Removes the folder: the output holds all of it."""
     shutil.rmtree(self.folder)
+
+
+def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
+  with path.open("rb") as file, np.load(file) as arrays:
+    return {name: arrays[name] for name in arrays.files}
 
 
 @contextlib.contextmanager
