@@ -148,9 +148,7 @@ def check_output(out: pathlib.Path, to_file: bool, layout: str) -> None:
   if to_file and out.suffix == ".pth":
     formats.torch_library()
     if layout == "house":
-      raise InputError(
-        f"{out}: .pth is for --layout=public; use .safetensors or .npz"
-      )
+      raise InputError(f"{out}: .pth goes with --layout=public alone")
 
 
 def read(path: str | os.PathLike[str], family: str = "") -> families.Weights:
@@ -273,8 +271,12 @@ def _filled(loaded: Loaded, initial: Any) -> Any:
   """The parameters, initial values where the source had none."""
   params = trees.flatten(loaded.params)
   if loaded.missing:
-    values = trees.flatten(jax.device_get(jax.jit(initial)()))
-    params |= {name: values[name] for name in loaded.missing}
+
+    def missing():  # and no more, so that the rest is not computed
+      values = trees.flatten(initial())
+      return {name: values[name] for name in loaded.missing}
+
+    params |= jax.device_get(jax.jit(missing)())
   return trees.unflatten(params)
 
 

@@ -277,6 +277,8 @@ def config_of(weights: Weights) -> dict[str, Any]:
     ) from error
   config = stage(module.get_config(argument), weights.method)
   _resize(config.model, weights)
+  if "modality" in config.model:
+    config.data.modality = config.model.modality
   config.init_from = ""
   return config_lib.plain(config)
 
