@@ -321,6 +321,7 @@ def build(
       target.rename(work / "former")
     made.rename(target)
     shutil.rmtree(work)
+  print(parts.table(maker.tallies), file=sys.stderr)
   print(f"{target}: {maker.words()}", file=sys.stderr)
   return target
 

@@ -37,6 +37,7 @@ REMARKS = {
   "blind": "built without pictures",
   "damaged": "built though damaged",
 }
+LISTED = 5  # ids of an outcome that are printed; report.json has all
 ROWS = 256  # of a part: about 500 MB of ten-second clips
 
 
@@ -263,6 +264,31 @@ def report(tallies: Mapping[str, Tally]) -> dict[str, Any]:
     }
     for split, tally in tallies.items()
   }
+
+
+def table(tallies: Mapping[str, Tally]) -> str:
+  """Counts by split and outcome, and the first few of what is not built."""
+  head = ("split", "rows", *OUTCOMES)
+  lines = [
+    (split, sum(tally.counts().values()), *tally.counts().values())
+    for split, tally in tallies.items()
+  ]
+  widths = [max(len(str(line[k])) for line in (head, *lines))
+            for k in range(len(head))]  # fmt: skip
+  rows = [
+    "  ".join(
+      f"{cell!s:>{width}}" for cell, width in zip(line, widths, strict=True)
+    )
+    for line in (head, *lines)
+  ]
+  for split, tally in tallies.items():
+    for name in OUTCOMES[1:]:
+      entries = tally.lists[name]
+      if entries:
+        some = ", ".join(repr(identity(e)) for e in entries[:LISTED])
+        more = ", …" if len(entries) > LISTED else ""
+        rows.append(f"{split}, {name}: {some}{more}")
+  return "\n".join(rows)
 
 
 def taken(results: Iterator[Any], count: int) -> Iterator[Any]:

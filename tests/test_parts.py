@@ -190,6 +190,23 @@ def test_added_class_is_named(media, tmp_path, monkeypatch):
     build(media, tmp_path)
 
 
+def test_table_of_outcomes():
+  tally = parts.Tally()
+  tally.lists["built"] = ["a"]
+  tally.lists["missing file"] = [[f"-{k}", "is not a file"] for k in range(6)]
+  tally.lists["duplicate"] = ["a"]
+  head, row, *more = parts.table({"test": tally}).splitlines()
+  assert head.split("  ") == [
+    "split", "rows", "built", "missing file", "no audio", "no video", "corrupt",
+    "too short", "duplicate",
+  ]  # fmt: skip
+  assert row.split() == ["test", "8", "1", "6", "0", "0", "0", "0", "1"]
+  assert more == [
+    "test, missing file: '-0', '-1', '-2', '-3', '-4', …",
+    "test, duplicate: 'a'",
+  ]
+
+
 def test_rate_is_printed(media, tmp_path, capsys):
   build(media, tmp_path)
   assert re.search(
