@@ -239,6 +239,14 @@ def data_section() -> ConfigDict:
       "threads": 2,
       "prefetch": 2,  # batches on the device
       "limit": 0,  # first clips of the split only; 0 = all
+      # One's own media files (avjax.load, avjax.embed): what a file may make the
+      # decoder do, see avjax.data.media.Limits, and which of its channels.
+      "files": {
+        "seconds": 3_600.0,
+        "pixels": 8_192 * 8_192,
+        "frames": 100_000,
+        "channels": "mean",  # first
+      },
       "demo": {"clips_per_class": 40, "test_per_class": 10, "seed": 0},
     }
   )

@@ -285,6 +285,13 @@ def test_media_file_gives_what_its_record_gives(data):
   assert found["id"] == [str(clip)]
 
 
+def test_media_file_is_read_within_limits(data):
+  clip = av_demo.example_media(data.dir)
+  data.files.seconds = 0.5
+  with pytest.raises(InputError, match=r"0\.\d+ seconds; the limit is 0.5"):
+    pipeline.batch_of_files([clip], data)
+
+
 def test_too_small_a_split_is_refused_with_both_numbers(data):
   with pytest.raises(InputError, match="holds 48 clips; the batch size is 64"):
     pipeline.train_batches(data, batch_size=64, seed=0)

@@ -53,13 +53,18 @@ def from_file(path: str | pathlib.Path, data: Any) -> Clip:
   """Reads a media file as data sets are stored.
 
   Raises:
-    InputError: it cannot be read, or has none of the tracks.
+    InputError: it cannot be read, has none of the tracks, or exceeds the limits
+      of `data.files`.
   """
+  options = dict(data["files"])
+  channels = options.pop("channels")
   clip = media.read_clip(
     path,
     short_side=data["video"]["resize"],
     audio_rate=data["audio"]["rate"],
+    channels=channels,
     tracks=data["modality"],
+    limits=media.Limits(**options),
   )
   frames = [] if clip.frames is None else list(clip.frames)
   frames, rate = media.spread(frames, data["variant"])
