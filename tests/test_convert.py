@@ -14,8 +14,9 @@ import numpy as np
 import pytest
 import torch
 
+import avjax
 from avjax import config as config_lib
-from avjax import convert, initialise, methods, trees
+from avjax import convert, evaluate, initialise, methods, trees
 from avjax.errors import InputError
 from avjax.methods import avmae_config, cavmae_config, mbt
 from avjax.nn.positions import sincos_2d
@@ -281,6 +282,18 @@ def test_files_are_no_runs(tmp_path):
     initialise.locate(tmp_path / "x.npz")
   with pytest.raises(InputError, match="7 classes; configs are known for 309"):
     initialise.read(tmp_path / "x.npz")
+
+
+def test_converted_folder_can_be_evaluated_and_loaded(demo_data, tmp_path):
+  config = runs.stage("avmae_vgg_finetune", "demo", data__dir=demo_data)
+  config.model.update(mlp=128, patch_audio=(16, 16))
+  np.savez(tmp_path / "ViT.npz", **public_weights.vit_torch())
+  convert.convert(tmp_path / "ViT.npz", tmp_path / "run", config=config)
+  assert json.loads((tmp_path / "run" / "classes.json").read_text())["label"]
+  scores = evaluate.evaluate(tmp_path / "run")
+  assert 0 <= scores["test/top1"] <= 100
+  model = avjax.load(tmp_path / "run")
+  assert model.step == 0 and model.class_names["label"]
 
 
 # --- Published configs -------------------------------------------------------
