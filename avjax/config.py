@@ -239,8 +239,8 @@ def data_section() -> ConfigDict:
       "threads": 2,
       "prefetch": 2,  # batches on the device
       "limit": 0,  # first clips of the split only; 0 = all
-      # One's own media files (avjax.load, avjax.embed): what a file may make the
-      # decoder do, see avjax.data.media.Limits, and which of its channels.
+      # One's own media files (avjax.load, avjax.embed): what one may make the
+      # decoder do (avjax.data.media.Limits), and what becomes of its channels.
       "files": {
         "seconds": 3_600.0,
         "pixels": 8_192 * 8_192,

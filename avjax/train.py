@@ -31,7 +31,8 @@ from avjax.writer import Writer
 # Keys that may change between a run and its continuation: they do not change
 # what is computed, only where, how fast and what is shown.
 FREE_KEYS = ("log_every", "mesh.", "checkpoint.", "evals.", "data.dir",
-             "data.workers", "data.threads", "data.prefetch", "data.files.")  # fmt: skip
+             "data.workers", "data.threads", "data.prefetch",
+             "data.files.")  # fmt: skip
 
 
 def train_and_evaluate(config: Any, path: Any) -> dict[str, float]:

@@ -202,18 +202,21 @@ class ClipBuilder(
     )
 
   def _make_here(self, todo: Sequence[parts.Part], rows: Sequence[Row]) -> None:
-    """Decodes, in processes where that pays."""
-    workers = self.options.workers
-    # Starting a process costs as much as some clips.
-    workers = min(_cores() if workers < 0 else workers, len(rows) // 32)
-    tasks = [self.recorder.task(row) for row in rows]
-    results = decode.encode_all(tasks, workers=workers)
+    results = self._results([self.recorder.task(row) for row in rows])
     with contextlib.closing(results):
       shown = progress.track(results, len(rows), self.name)
       for part in todo:
         some = parts.taken(shown, len(part.rows))
         made = map(self.recorder.record, part.rows, some)
-        part.write(made, max(workers, 1))
+        part.write(made, max(self._workers(len(rows)), 1))
+
+  def _results(self, tasks: Sequence[decode.Task]) -> Iterator[decode.Encoded]:
+    yield from decode.encode_all(tasks, workers=self._workers(len(tasks)))
+
+  def _workers(self, count: int) -> int:
+    """Processes that pay: starting one costs as much as some clips."""
+    workers = self.options.workers
+    return min(_cores() if workers < 0 else workers, count // 32)
 
   def _name(self, split: str, files: Sequence[Any]) -> tfds.core.SplitInfo:
     """Puts the files into their places."""
