@@ -276,6 +276,16 @@ def test_image_models_need_a_config(tmp_path):
   assert_same(trees.flatten(again.params), trees.flatten(source.params))
 
 
+def test_file_of_ours_is_a_model(pretrained, tmp_path):
+  convert.convert(pretrained[1], tmp_path / "x.safetensors")
+  model = avjax.load(tmp_path / "x.safetensors")
+  assert (model.config.method, model.step) == ("cavmae", 0)
+  assert_same(
+    trees.flatten(model.params),
+    trees.flatten(initialise.read(pretrained[1]).params),
+  )
+
+
 def test_files_are_no_runs(tmp_path):
   formats.write(tmp_path / "x.npz", recipe(7))
   with pytest.raises(InputError, match="avjax.convert --weights="):
@@ -332,6 +342,39 @@ def test_published_files_bring_their_configs(family, name, argument, method):
   with config.unlocked():
     config.model.update({k: v for k, v in sizes.items() if k in config.model})
   assert found.model.to_dict() == config.model.to_dict()
+
+
+def test_original_mbt_brings_its_clips():
+  """Released files: a CLS, five bottleneck tokens, 401 positions of sound."""
+  config = published("avmae_audioset_finetune", "size=B", "mbt")
+  with config.unlocked():
+    config.model.update(classifier="token", positions="learned_1d")
+    config.model.update(audio_channels=3, n_bottlenecks=4)
+  shapes = jax.eval_shape(
+    functools.partial(convert._initial, config, methods.make(config))
+  )
+  blank = jax.tree.map(
+    lambda x: np.broadcast_to(x.dtype.type(), x.shape), shapes
+  )
+  assert blank["bottleneck"].shape == (5, 768)
+  assert blank["positions_audio"].shape == (401, 768)
+  weights = families.Weights("mbt_original", "mbt", blank, {}, None, ())
+  found = families.config_of(weights)
+  assert found["model"]["classifier"] == "token"
+  assert found["model"]["n_bottlenecks"] == 4
+  assert found["model"]["audio_channels"] == 3
+  assert found["data"]["audio"]["seconds"] == 8.0
+  assert found["data"]["video"]["num_frames"] == 32
+
+
+def test_counts_are_those_of_the_public_files():
+  full = {"d": 768, "depth": 11, "decoder": (512, 8)}
+  for classes, arrays, numbers in (
+    (0, 647, 191_036_160), (527, 478, 164_907_023),
+  ):  # fmt: skip
+    shapes = public_weights.cavmae_shapes(**full, classes=classes)
+    assert len(shapes) == arrays
+    assert sum(int(np.prod(shape)) for shape in shapes.values()) == numbers
 
 
 def test_table_names_families_and_configs_that_exist():

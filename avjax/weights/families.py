@@ -279,6 +279,8 @@ def config_of(weights: Weights) -> dict[str, Any]:
   _resize(config.model, weights)
   if "modality" in config.model:
     config.data.modality = config.model.modality
+  if weights.family == "mbt_original":
+    _original(config, weights.params)
   config.init_from = ""
   return config_lib.plain(config)
 
@@ -321,9 +323,10 @@ def _published(weights: Weights) -> tuple[str, str]:
     return known[
       classes
     ], "" if weights.family == "cavmae" else "variant=public"
-  if "encoder_joint" in params:
+  both = {"embed_audio", "embed_video"} <= set(params)
+  if "encoder_joint" in params or not both:
     return "avmae_audioset", "variant=public"
-  if "encoder" in params and {"embed_audio", "embed_video"} <= set(params):
+  if "encoder" in params:
     raise InputError(
       "the names do not tell an early from a shared encoder: give --config"
     )
@@ -354,14 +357,32 @@ def _resize(model: Any, weights: Weights) -> None:
   if weights.family in ("mbt", "mbt_original") and "audio" in names:
     pixels = model.patch_audio[0] * model.patch_audio[1]
     model.audio_channels = len(params["embed_audio"]["kernel"]) // pixels
-  if weights.family == "mbt_original":
-    cls = any(name.startswith("cls_") for name in params)
-    model.positions = "learned_1d"
-    model.classifier = "token" if cls else "gap"
   if "bottleneck" in params:
-    cls = weights.family == "mbt_original" and model.classifier == "token"
-    model.n_bottlenecks = len(params["bottleneck"]) - cls
+    model.n_bottlenecks = len(params["bottleneck"])
   if "fusion_layer" in model:
     model.fusion_layer = 8 if size == "B" else model.fusion_layer
   if "encoder" in model and len(names) == 2:
     model.encoder = "mid" if "encoder_joint" in params else "separate"
+
+
+def _original(config: Any, params: Any) -> None:
+  """What the original MBT has otherwise: a CLS and learned positions.
+
+  They say how long its clips are; the log-mel's statistics are those of its
+  released config.
+  """
+  model, data = config.model, config.data
+  cls = any(name.startswith("cls_") for name in params)
+  model.update(positions="learned_1d", classifier="token" if cls else "gap")
+  if "bottleneck" in params:
+    model.n_bottlenecks = len(params["bottleneck"]) - cls
+  data.fbank.update(mean=1.102, std=2.762)
+  if "positions_audio" in params:
+    bands = data.fbank.num_mels // model.patch_audio[1]
+    columns = (len(params["positions_audio"]) - cls) // bands
+    hop = data.fbank.hop_ms / 1_000
+    data.audio.seconds = columns * model.patch_audio[0] * hop
+  if "positions_video" in params:
+    side = data.video.size // model.patch_video[1]
+    tubelets = (len(params["positions_video"]) - cls) // side**2
+    data.video.num_frames = tubelets * model.patch_video[0]
