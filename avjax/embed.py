@@ -272,7 +272,7 @@ def _job(model: Model, predict: bool) -> dict[str, Any]:
     "predict": predict,
     **{
       key: json.loads(json.dumps(model.config.data[key].to_dict()))
-      for key in ("video", "audio", "fbank")
+      for key in ("video", "audio", "fbank", "files")
     },
     **{key: model.config.data[key] for key in ("variant", "modality")},
   }

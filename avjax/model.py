@@ -34,7 +34,10 @@ def load(path: str | pathlib.Path) -> "Model":
       at `path`, or the weights are of no method.
   """
   source = initialise.read(path)
-  config = config_lib.from_plain(source.config)
+  # A run of an earlier version lacks keys that came later; their neutral values
+  # are what held then.
+  known = config_lib.plain(config_lib.base_config())
+  config = config_lib.from_plain(_filled(source.config, known))
   classes = workdir(source.path).classes
   names = json.loads(classes.read_text()) if classes.exists() else {}
   if names and "classes" in config.model:
@@ -42,6 +45,17 @@ def load(path: str | pathlib.Path) -> "Model":
     with config.unlocked():
       config.model.classes = {head: len(known) for head, known in names.items()}
   return Model(config, methods.make(config), source.params, source.step, names)
+
+
+def _filled(
+  values: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+  """`values` with what they lack of the defaults, at any depth."""
+  filled = {**defaults, **values}
+  for key, default in defaults.items():
+    if isinstance(default, Mapping) and isinstance(filled[key], Mapping):
+      filled[key] = _filled(filled[key], default)
+  return filled
 
 
 def padded(batch: Mapping[str, Any], size: int) -> dict[str, Any]:

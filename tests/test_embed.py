@@ -236,6 +236,18 @@ def test_many_files_go_in_chunks_of_one_size(model, media, monkeypatch):
     model.embed([])
 
 
+def test_a_run_of_an_earlier_version_is_loaded(run_dir, model, tmp_path):
+  place = tmp_path / "run"
+  place.mkdir()
+  (place / "checkpoints").symlink_to(run_dir / "checkpoints")
+  saved = json.loads((run_dir / "config.json").read_text())
+  del saved["log_every"], saved["data"]["fbank"]["remove_dc"]
+  (place / "config.json").write_text(json.dumps(saved))
+  loaded = avjax.load(place)
+  assert loaded.config.data.fbank.remove_dc is True
+  assert loaded.config.model.width == model.config.model.width
+
+
 def test_what_cannot_be_done_is_refused(model, media, tmp_path, monkeypatch):
   def run(path, name="o.npz", **options):
     return embed.run(model, embed.Files(path), tmp_path / name, **options)

@@ -1,11 +1,14 @@
 """Ranks against literal numbers and a double loop; the evaluator."""
 
 import csv
+import dataclasses
 import tracemalloc
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from avjax import evaluators, plots, ranking
 from avjax.config import base_config, eval_section
@@ -201,6 +204,39 @@ def test_padding_and_lacking_clips_are_left_out():
   assert evaluator._embedder._step._cache_size() == 1
 
 
+def test_a_batch_spread_over_devices_gives_the_same():
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+  rng = np.random.default_rng(5)
+  params = {m: rng.standard_normal((8, 4)) for m in ("audio", "video")}
+  batch, ids = rows(0, [True] * 7 + [False])
+  spread = jax.device_put(batch, NamedSharding(mesh, PartitionSpec("data")))
+  _, alone = evaluate([(batch, ids)], params)
+  _, found = evaluate([(spread, ids)], params)
+  assert found == alone and found["gallery"] == 7
+
+
+def test_no_modality_tells_of_the_other():
+  class Leaky(Pointer):
+    """Each embedding is the sum of all that the method is given."""
+
+    def embed(self, params, inputs):
+      seen = [inputs[k][:, 0] for k in ("fbank", "frames") if k in inputs]
+      return {
+        m: sum(x.reshape(len(x), -1)[:, :4] for x in seen) for m in params
+      }
+
+  rng = np.random.default_rng(0)
+  batch, ids = rows(0, [True] * 8)
+  batch["fbank"] = rng.standard_normal((8, 1, 4)).astype(np.float32)
+  batch["frames"] = rng.integers(0, 256, (8, 1, 2, 2, 3)).astype(np.uint8)
+  made = context(config(), lambda section: iter([(batch, ids)]))
+  made = dataclasses.replace(made, method=Leaky(made.config))
+  section = eval_section("retrieval")
+  params = {"audio": jnp.zeros(1), "video": jnp.zeros(1)}
+  found = evaluators.make(made, section).run(params, 0)
+  assert found["a2v_R1"] < 1
+
+
 def test_unit_embeddings_of_the_views_are_averaged():
   class Views(Pointer):
     def embed(self, params, inputs):
@@ -212,7 +248,7 @@ def test_unit_embeddings_of_the_views_are_averaged():
   batch, ids = rows(0, [True])
   made = context(config(), lambda s: iter([({**batch, "frames": frames}, ids)]))
   embedder = evaluators.retrieval.Embedder(
-    Context(**{**vars(made), "method": Views(made.config)}), normalise=True
+    dataclasses.replace(made, method=Views(made.config)), normalise=True
   )
   found = embedder.split({}, eval_section("retrieval", views=2)).values["audio"]
   np.testing.assert_allclose(found, [[0.5**0.5, 0.5**0.5]], rtol=1e-4)

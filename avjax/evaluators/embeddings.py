@@ -12,8 +12,8 @@ from absl import logging
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 
-from avjax.data import records
-from avjax.errors import InputError
+from avjax.data import augment, records
+from avjax.errors import InputError, lookup
 from avjax.evaluators.base import Context
 from avjax.evaluators.classification import fold_views, to_host
 from avjax.methods.base import Params
@@ -43,10 +43,12 @@ class Embedder:
     context: of the evaluator.
     normalise: whether embeddings have length 1: those of the views, and again
       their mean. Without it the mean over the views is taken as it is.
+    alone: 'audio' and 'video' and nothing else, each from inputs without the
+      other, so that no encoder of both can let one tell of the other.
   """
 
-  def __init__(self, context: Context, *, normalise: bool):
-    self._context, self._normalise = context, normalise
+  def __init__(self, context: Context, *, normalise: bool, alone: bool = False):
+    self._context, self._normalise, self._alone = context, normalise, alone
     self._step = jax.jit(self._embed)
 
   def split(
@@ -116,10 +118,24 @@ class Embedder:
     }
     flat, views = fold_views(batch)
     inputs = self._context.prepare(flat, jax.random.key(0), False)
-    for name, x in self._context.method.embed(params, inputs).items():
+    for name, x in self._features(params, inputs).items():
       x = rearrange(x.astype(jnp.float32), "(b v) d -> b v d", v=views)
       x = self._unit(self._unit(x).mean(axis=1))
       found[f"value/{name}"] = x
+    return found
+
+  def _features(
+    self, params: Params, inputs: Mapping[str, jax.Array]
+  ) -> dict[str, jax.Array]:
+    method = self._context.method
+    if not self._alone:
+      return method.embed(params, inputs)
+    found = {}
+    for m, other in (("audio", "video"), ("video", "audio")):
+      hidden = augment.MIXED[other]
+      own = {k: v for k, v in inputs.items() if k not in hidden}
+      embedded = method.embed(params, own)
+      found[m] = lookup(embedded, m, "embedding of the method")
     return found
 
   def _unit(self, x: jax.Array) -> jax.Array:

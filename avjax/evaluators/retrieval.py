@@ -1,7 +1,8 @@
 """Audio-visual retrieval: does a sound find its picture, and the reverse.
 
 Every clip with both modalities asks for its own other half among all of them,
-by cosine of `Method.embed`'s 'audio' and 'video'. Scores, each for a2v (sound
+by cosine of `Method.embed`'s 'audio' and 'video', each made of inputs without
+the other modality. Scores, each for a2v (sound
 asks, pictures answer) and v2a:
 
 | score | meaning |
@@ -56,14 +57,14 @@ class Retrieval(Evaluator):
   def __init__(self, context: Context, section: Any):
     super().__init__(context, section)
     self.pictures = section.get("pictures", 0)
-    self.subset, self.within = section.get("subset", ""), ""
+    self.subset = section.get("subset", "")
     self.within = section.get("within", "")
     if context.config.data.modality != "av":
       raise InputError(
         f"evals of type {section.type!r} need data.modality='av'; it is "
         f"{context.config.data.modality!r}"
       )
-    self._embedder = Embedder(context, normalise=True)
+    self._embedder = Embedder(context, normalise=True, alone=True)
 
   def run(self, params: Params, step: int) -> Mapping[str, float]:
     """Scores by name; draws pictures through the context.
@@ -74,8 +75,6 @@ class Retrieval(Evaluator):
     """
     chosen = self._chosen() if self.subset else None
     found = self._embedder.split(params, self.section, chosen)
-    for m in ("audio", "video"):
-      lookup(found.values, m, "embedding of the method")
     both = found.has["audio"] & found.has["video"]
     if not both.any():
       raise InputError(
