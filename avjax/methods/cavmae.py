@@ -170,8 +170,8 @@ class CAVMAE(CAVMethod):
       InputError: a batch that `group_size` does not divide.
     """
     del step
-    model, ids = self.model, self.draw(inputs, rng)
-    module = self.autoencoder(inputs)
+    model, module = self.model, self.autoencoder(inputs)
+    ids = self.draw(inputs, rng)
     out = self.apply(module, params, inputs, self.passes, ids)
     total, metrics, seen = 0.0, {}, {}
     if model.mae_weight:
@@ -227,8 +227,8 @@ class CAVMAE(CAVMethod):
       shape, the targets' statistics undone; mask is true where a patch was
       removed. What fills no patch is shown as it is.
     """
-    ids = self.draw(inputs, rng)
     module = self.autoencoder(inputs)
+    ids = self.draw(inputs, rng)
     out = self.apply(module, params, inputs, [TOGETHER], ids)
     result = {}
     for m, x in cav_encoder.patches(inputs, self.model).items():

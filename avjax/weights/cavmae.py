@@ -105,7 +105,8 @@ def to_house(
   bare = {key.removeprefix(PREFIX): np.asarray(v) for key, v in state.items()}
   found = {key: _find(key, 0) for key in bare}
   # In the table's order, so that widths are known before blocks come.
-  for key in sorted(bare, key=lambda key: found[key][0] if found[key] else -1):
+  rank = {key: row[0] if row else len(_TABLE) for key, row in found.items()}
+  for key in sorted(bare, key=rank.__getitem__):
     value = bare[key]
     if _DEAD.fullmatch(key):
       width = "e" if key.startswith("decoder") else "d"
@@ -264,10 +265,13 @@ def _check_shape(
     fits = fits and size == factor * known
   if not fits:
     wanted = [_size(name, sizes) for name in names]
-    origin = {sizes[n][1] for n in names if n in sizes} - {key}
+    comma = "," if len(wanted) == 1 else ""
+    bare = [name.removeprefix("3") for name in names]
+    origin = {sizes[name][1] for name in bare if name in sizes} - {key}
     told = f" as {', '.join(sorted(origin))} has it" if origin else ""
     raise InputError(
-      f"{key!r} has shape {value.shape}; expected ({', '.join(wanted)}){told}"
+      f"{key!r} has shape {value.shape}; expected "
+      f"({', '.join(wanted)}{comma}){told}"
     )
 
 
