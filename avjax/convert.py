@@ -20,6 +20,7 @@ cut or interpolated, never its rows (`avjax.weights.transfer.time_axis`).
 
 import dataclasses
 import functools
+import importlib.resources
 import json
 import os
 import pathlib
@@ -291,9 +292,7 @@ def write_folder(
   report: Report,
 ) -> None:
   """A folder like a run's, at step 0; complete before it has its name."""
-  unfinished = workdir(out.with_name(out.name + ".tmp"))
-  if unfinished.root.exists():
-    shutil.rmtree(unfinished.root)
+  unfinished = workdir(out.with_name(f"{out.name}.{os.getpid()}.tmp"))
   unfinished.root.mkdir(parents=True)
   try:
     with Checkpoints(unfinished.checkpoints, keep=1) as checkpoints:
@@ -302,7 +301,7 @@ def write_folder(
     words = {"file": origin.name, "family": made.family}
     _write_json(unfinished.root / ORIGIN, words)
     _write_json(unfinished.loading_report, dataclasses.asdict(report))
-    _write_classes(unfinished, plain)
+    _write_classes(unfinished, plain, made.family)
     if made.aside:
       formats.write(unfinished.root / ASIDE, made.aside)
     os.replace(unfinished.root, out)
@@ -314,17 +313,30 @@ def _write_json(path: pathlib.Path, value: Any) -> None:
   path.write_text(json.dumps(value, indent=2) + "\n")
 
 
-def _write_classes(run: Workdir, plain: Mapping[str, Any]) -> None:
-  """Class names, where the data set is built here."""
+def _write_classes(run: Workdir, plain: Mapping[str, Any], family: str) -> None:
+  """Class names in the order of the logits, where these are known."""
   if "classes" not in plain["model"]:
+    return
+  if family.startswith("mbt"):
+    logging.warning("the released MBT weights do not say their classes' order")
     return
   data = config_lib.from_plain(plain).data
   try:
     names = {h: list(pipeline.class_names(data, h)) for h in data.heads}
   except InputError as error:
-    logging.info("no class names: %s", error)
-    return
-  _write_json(run.classes, names)
+    logging.info("%s", error)
+    names = _published_classes(data)
+  if names:
+    _write_json(run.classes, names)
+
+
+def _published_classes(data: Any) -> dict[str, list[str]]:
+  """Those that come with the package, for a data set that is not built."""
+  folder = importlib.resources.files("avjax.data") / "classes"
+  file = folder / f"{data.name}.json"
+  if not file.is_file() or tuple(data.heads) != ("label",):
+    return {}
+  return {"label": json.loads(file.read_text())["names"]}
 
 
 def public_arrays(

@@ -227,6 +227,11 @@ def test_vggsound_classes_come_in_our_order(tmp_path):
   order = json.loads(data.read_text())["cavmae"]
   for theirs in (0, 1, 100, 308):
     assert bias[order[theirs]] == theirs
+  folder = tmp_path / "run"
+  config = finetuning(classes=309, name="vggsound")
+  convert.convert(tmp_path / "x.pth", folder, config=config)
+  names = json.loads((folder / "classes.json").read_text())["label"]
+  assert names == json.loads(data.read_text())["names"]
   back = families.class_order(weights.params, to_house=False)
   np.testing.assert_array_equal(back["classifier"]["out"]["bias"], range(309))
 
