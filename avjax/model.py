@@ -16,6 +16,7 @@ from avjax import experiment, initialise, methods
 from avjax.data import augment, pipeline
 from avjax.errors import InputError
 from avjax.methods.base import Method
+from avjax.weights import image
 from avjax.workdir import workdir
 
 Files = str | pathlib.Path | Sequence[str | pathlib.Path]
@@ -34,6 +35,11 @@ def load(path: str | pathlib.Path) -> "Model":
       at `path`, or the weights are of no method.
   """
   source = initialise.read(path)
+  if source.config["method"] == image.METHOD:
+    raise InputError(
+      f"{path} is an image model, which can only start another: name it in "
+      "init_from, or give avjax.convert a --config"
+    )
   # A run of an earlier version lacks keys that came later; their neutral values
   # are what held then.
   known = config_lib.plain(config_lib.base_config())

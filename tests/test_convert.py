@@ -270,6 +270,8 @@ def test_image_models_need_a_config(tmp_path):
   formats.write(tmp_path / "mae.npz", public_weights.mae())
   source = initialise.read(tmp_path / "mae.npz")
   assert source.config == image.CONFIG
+  with pytest.raises(InputError, match="mae.npz is an image model"):
+    avjax.load(tmp_path / "mae.npz")
   with pytest.raises(InputError, match="2 blocks of width 32 with a decoder"):
     convert.convert(tmp_path / "mae.npz", tmp_path / "run")
   with pytest.raises(
