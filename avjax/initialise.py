@@ -5,10 +5,12 @@ They are those of a run or of a file of weights, public or our own.
 
 import dataclasses
 import json
+import math
 import pathlib
 from typing import Any
 
 import jax
+import numpy as np
 from absl import logging
 
 from avjax import experiment, optim
@@ -159,7 +161,7 @@ def adapt(method: Method, params: Any, parts: dict[str, Source]) -> Loaded:
       parameters do not fit.
   """
   config = {m: part.config for m, part in parts.items()}
-  source = {m: part.params for m, part in parts.items()}
+  source = {m: _turned(part, method.config) for m, part in parts.items()}
   if "" in parts:
     config, source = config[""], source[""]
   images = [m for m, p in parts.items() if p.config["method"] == image.METHOD]
@@ -176,6 +178,36 @@ def adapt(method: Method, params: Any, parts: dict[str, Source]) -> Loaded:
     # No rules of its own: equal names, equal shapes.
     return transfer.fill(params, source, lambda path: [path])
   return method.adapt(params, source, config)
+
+
+def _turned(part: Source, config: Any) -> Any:
+  """The source's parameters with its spectrogram as the model has it.
+
+  CAV-MAE's patches and audio tokens are ordered mel first, those of AV-MAE and
+  MBT time first.
+  """
+  first = [c["method"].startswith("cavmae") for c in (part.config, config)]
+  embed = part.params.get("embed_audio")
+  if part.config["method"] == image.METHOD or first[0] == first[1] or not embed:
+    return part.params
+  kernel, patch = np.asarray(embed["kernel"]), tuple(config.model.patch_audio)
+  mel = patch[0 if first[1] else 1]
+  bands, turned = config.data.fbank.num_mels // mel, dict(part.params)
+
+  def swap(x, rows):
+    """[rows*columns ... d] -> [columns*rows ... d]."""
+    x = x.reshape(rows, -1, *x.shape[1:])
+    return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
+
+  width = kernel.shape[-1]
+  if len(kernel) % math.prod(patch) == 0:  # else its shape will be refused
+    pixels = swap(kernel.reshape(math.prod(patch), -1, width), patch[1])
+    turned["embed_audio"] = {**embed, "kernel": pixels.reshape(-1, width)}
+  table = part.params.get("positions_audio")
+  if table is not None and len(table) % bands == 0:
+    rows = bands if first[0] else len(table) // bands
+    turned["positions_audio"] = swap(np.asarray(table), rows)
+  return turned
 
 
 def say(loaded: Loaded, parts: dict[str, Source], run: Workdir) -> None:

@@ -1,5 +1,7 @@
 """MAE and ViT weights as a start for audiovisual models."""
 
+import pathlib
+
 import jax
 import numpy as np
 import pytest
@@ -8,9 +10,10 @@ import torch
 from torch.nn import functional
 
 from avjax import config as config_lib
-from avjax import methods, trees
+from avjax import initialise, methods, trees
 from avjax.errors import InputError
 from avjax.methods import avmae_config, cavmae_config, mbt
+from avjax.nn.av_encoder import INPUTS
 from avjax.weights import cavmae, image, mae, vit
 from tests import public_weights
 
@@ -307,3 +310,28 @@ def test_other_patches_are_refused():
   with pytest.raises(InputError, match=r"'embed_audio/kernel' .*\(16, 16, 3"):
     tree = vit.to_image(public_weights.vit_torch())
     started("mbt", tree, patch_audio=(16, 32))
+
+
+def test_sound_is_turned_between_cavmae_and_mbt():
+  """Patches and tokens are mel first in the one, time first in the other."""
+  config, method, shapes = build(
+    "mbt", time=96, positions="learned_1d", patch_video=(1, 16, 16)
+  )
+  _, _, source = build("cavmae_finetune", time=96)
+  rng = np.random.default_rng(0)
+  source = jax.tree.map(lambda x: rng.standard_normal(x.shape), source)
+  place = pathlib.Path("run")
+  part = initialise.Source(source, {"method": "cavmae_finetune"}, 0, place)
+  loaded = initialise.adapt(method, shapes, {"": part})
+  theirs = source["embed_audio"]["kernel"].reshape(16, 16, 32)
+  ours = loaded.params["embed_audio"]["kernel"].reshape(16, 16, 32)
+  assert config.model.patch_audio == (16, 16)
+  np.testing.assert_array_equal(ours, np.float32(theirs.swapaxes(0, 1)))
+  theirs = source["positions_audio"].reshape(8, 6, 32)
+  ours = loaded.params["positions_audio"].reshape(6, 8, 32)
+  np.testing.assert_array_equal(ours, np.float32(theirs.swapaxes(0, 1)))
+  both = {m: initialise.Source(source, part.config, 0, place) for m in INPUTS}
+  again = initialise.adapt(method, shapes, both).params
+  np.testing.assert_array_equal(
+    again["embed_audio"]["kernel"], loaded.params["embed_audio"]["kernel"]
+  )
