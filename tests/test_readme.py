@@ -9,9 +9,10 @@ import sys
 import tarfile
 
 import pytest
+import torch
 
 from data_prep import av_demo
-from tests import runs
+from tests import public_weights, runs
 
 TEXT = (runs.ROOT / "README.md").read_text()
 MAIN = ("--config=configs/avmae_vgg.py:demo", "--workdir=runs/demo")
@@ -39,6 +40,9 @@ SMALL += [
 # By the start of a command.
 EXPECTED = {
   "python -m avjax.evaluate": Expected(words=("test/top1",)),
+  "python -m avjax.embed": Expected(words=("embeddings.npz: 1 of 1",)),
+  "python -m avjax.convert --list": Expected(words=("as-full-51.2.pth",)),
+  "python -m avjax.convert": Expected(words=("family cavmae",)),
   "python -m avjax.sweep": Expected(
     ("--smoke", "--seeds=0"), words=("| pretrained_audiovisual |",)
   ),
@@ -78,6 +82,11 @@ def place(demo_data, tmp_path_factory):
   (folder / "videos").mkdir()
   for name in ("-aaaaaaaaaa_000030.mp4", "bbbbbbbbbbb_000007.mp4"):
     (folder / "videos" / name).write_bytes(clip)
+  state = public_weights.draw(
+    public_weights.cavmae_shapes(192, decoder=(128, 4))
+  )
+  state = {f"module.{k}": torch.from_numpy(v) for k, v in state.items()}
+  torch.save(state, folder / "audio_model.pth")
   with tarfile.open(folder / "videos.tar.gz", "w:gz") as archive:
     archive.add(folder / "clip.mp4", "bbbbbbbbbbb_000007.mp4")
   (folder / "videos/bbbbbbbbbbb_000007.mp4").unlink()
