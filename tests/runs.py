@@ -41,6 +41,11 @@ PER_METHOD = {
     "decoder_heads": 3, "decoder_mlp": 48,
   },
   "mbt": {"fusion_layer": 1, "n_bottlenecks": 2},
+  "cavmae": {
+    "decoder_width": 24, "decoder_depth": 1, "decoder_heads": 3,
+    "decoder_mlp": 48,
+  },
+  "cavmae_finetune": {},
 }  # fmt: skip
 
 
