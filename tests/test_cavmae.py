@@ -1,6 +1,7 @@
 """CAV-MAE's pretraining against the public code, and its own promises."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -415,8 +416,11 @@ def test_loss_does_not_depend_on_the_devices():
     np.testing.assert_allclose(value, spread_metrics[name], rtol=1e-5)
   for a, b in zip(*map(jax.tree.leaves, (grads, spread_grads)), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
-  # One modality's vectors are gathered; tokens stay where they are.
+  # The sounds' vectors are gathered, and who counts; tokens stay put.
   text = compiled.as_text()
+  gathered = re.findall(r"= \w+\[([\d,]+)\]\S* all-gather\(", text)
+  sizes = [np.prod([int(n) for n in shape.split(",")]) for shape in gathered]
+  assert max(sizes) == 8 * 16 and sum(sizes) <= 8 * 16 + 8
   assert "all-to-all(" not in text and "collective-permute(" not in text
 
 
@@ -514,6 +518,8 @@ def test_inputs_that_do_not_fit_are_refused():
   longer = made.small_inputs(2, frames=96)
   with pytest.raises(InputError, match="8 rows, .* 2 x 6 = 12 patches"):
     method.embed(small_params(), longer)
+  with pytest.raises(InputError, match="mask_video=0.8 keeps 0 of the 4"):
+    small(mask_video=0.8).draw(inputs, KEY)
   two = {"frames": jnp.zeros((1, 2, 32, 32, 3))}
   with pytest.raises(InputError, match="sees 1 frame, but frames have 2"):
     method.embed(small_params(), two)

@@ -156,7 +156,7 @@ class CAVMAE(CAVMethod):
           noise = masking.whole_lines(
             noise, own, grid, rows=rows, columns=columns
           )
-      ids[m] = masking.ids_keep(noise, int(n * (1 - ratio)))
+      ids[m] = masking.ids_keep(noise, num_kept(m, n, ratio))
     return ids
 
   # --- Objective ---
@@ -251,6 +251,21 @@ class CAVMAE(CAVMethod):
     if not self.model.mae_weight and path.startswith(DECODER):
       return FROZEN
     return super().group(path)
+
+
+def num_kept(m: str, n: int, ratio: float) -> int:
+  """How many of n tokens stay visible: `int(n (1 - ratio))` (public code).
+
+  Raises:
+    InputError: none.
+  """
+  kept = int(n * (1 - ratio))
+  if not 0 < kept <= n:
+    raise InputError(
+      f"model.mask_{m}={ratio} keeps {kept} of the {n} patches of {m}; at "
+      "least 1 has to stay"
+    )
+  return kept
 
 
 def lines(kind: str, grid: tuple[int, int], ratio: float) -> tuple[int, int]:
