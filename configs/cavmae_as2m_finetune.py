@@ -9,7 +9,7 @@ mAP on the evaluation clips (17,249 then) as published:
 
 | argument         | a    | v    | av    |                      |
 |------------------|------|------|-------|----------------------|
-| (none: scale+)   | 46.6 | 26.2 | 51.2  | paper                |
+| (none: scale+)   | 46.6 |      | 51.2  | paper                |
 | pretrain=scale++ | 46.6 |      | 51.05 | public training logs |
 
 for modality=a, v and (default) av; of a model of both with one missing at test
@@ -19,7 +19,7 @@ after the last; mean of all ten 50.2; ten frames 51.05.
 
 All is as in configs/cavmae_vgg_finetune.py but for what follows.
 
-Cost, by arithmetic: 4.1 hours on one H100 at half its peak with
+Cost, by arithmetic: 4.2 hours on one H100 at half its peak with
 --config.dtype=bfloat16 (the public code: 10 days on four GPUs).
 """
 

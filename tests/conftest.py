@@ -39,4 +39,7 @@ def demo_data(tmp_path_factory):
   section = config.data_section()
   section.dir = str(base / "avjax_data")
   section.demo.update(runs.DEMO)
-  return str(pathlib.Path(av_demo.ensure_demo(section)))
+  folder = str(pathlib.Path(av_demo.ensure_demo(section)))
+  section.variant = "frames10"  # CAV-MAE's, from the same media files
+  av_demo.ensure_demo(section)
+  return folder
