@@ -123,6 +123,19 @@ def weights(name):
   return jax.tree.map(jnp.asarray, params), aside
 
 
+def dead_norms(decoder_blocks):
+  """Public names of the LayerNorms that no pass uses, by their width at B."""
+  stacks = {"blocks_a": 11, "blocks_v": 11, "decoder_blocks": decoder_blocks}
+  return {
+    f"{stack}.{i}.norm{n}_{m}.{part}": 512 if "decoder" in stack else 768
+    for stack, depth in stacks.items()
+    for i in range(depth)
+    for n in (1, 2)
+    for m in "av"
+    for part in ("weight", "bias")
+  }
+
+
 def frozen_paths(method, params):
   """Parameters that the optimiser leaves alone."""
   from avjax import optim, trees

@@ -236,9 +236,10 @@ def test_number_of_parameters():
   params = jax.eval_shape(method.init, KEY, inputs)
   leaves = trees.flatten(params)
   ours = sum(leaf.size for leaf in leaves.values())
-  # 22 blocks of 768 and 8 of 512, 8 tensors each.
-  dead = 22 * 8 * 768 + 8 * 8 * 512
-  assert ours + dead == 191_036_160
+  dead = made.dead_norms(decoder_blocks=8)
+  assert len(dead) == 240 and sum(dead.values()) == 167_936
+  assert ours + sum(dead.values()) == 191_036_160
+  assert set(made.weights("pretraining")[1]) == set(made.dead_norms(2))
   frozen = made.frozen_paths(method, params)
   assert sum(leaves[path].size for path in frozen) == 906_240
   assert frozen == {

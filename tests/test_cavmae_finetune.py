@@ -75,7 +75,9 @@ def test_number_of_parameters():
   }
   params = jax.eval_shape(method.init, KEY, inputs)
   ours = sum(leaf.size for leaf in jax.tree.leaves(params))
-  assert ours + 22 * 8 * 768 == 164_907_023
+  dead = made.dead_norms(decoder_blocks=0)
+  assert ours + sum(dead.values()) == 164_907_023
+  assert set(made.weights("finetuning")[1]) == set(dead)
 
 
 # --- Labels ------------------------------------------------------------------

@@ -58,8 +58,9 @@ class CAVMethod(Method):
       params = {**params, "encoder_joint": joint}
     return module.apply({"params": params}, patches, *rest)
 
-  def draw_params(self, rng: jax.Array, inputs: Inputs, module: CAVEncoder,
-                  *rest: Any) -> Params:  # fmt: skip
+  def draw_params(
+    self, rng: jax.Array, inputs: Inputs, module: CAVEncoder, *rest: Any
+  ) -> Params:
     """Initial parameters under per-layer names, whatever `scan` says."""
     passes = [ALONE[m] for m in module.grids]
     passes = [("", tuple(module.grids)), *passes]
@@ -94,8 +95,10 @@ class CAVMethod(Method):
     return ParamInfo(layer, self.group(path))
 
   def group(self, path: str) -> str:
-    """FROZEN where no pass of the training gets: PyTorch, which the numbers
-    come from, leaves parameters without gradient alone, decay included.
+    """The parameter group: FROZEN where no pass of the training gets.
+
+    The public code's Adam leaves parameters without gradient alone; here decay
+    would move them.
     """
     norm = NORM.match(path)
     if norm and norm[1] not in [ending for ending, _ in self.passes]:
