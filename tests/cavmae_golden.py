@@ -7,6 +7,7 @@ comes from the recipe under its public key, so that nothing is stored of it.
 import functools
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 
@@ -159,8 +160,22 @@ def gradient(method):
 
 
 def silent_paths(method, params, inputs):
-  """Parameters whose gradient is exactly zero."""
+  """Parameters without gradient: nothing that is computed reaches it.
+
+  Told from the traced program, which need not be compiled.
+  """
   from avjax import trees
 
-  grads = trees.flatten(gradient(method)(params, inputs)[1])
-  return {path for path, g in grads.items() if not np.any(g)}
+  def loss(params, inputs):
+    return method.loss(params, inputs, jax.random.key(0), jnp.int32(0))[0]
+
+  def literal(x):
+    return isinstance(x, jax.extend.core.Literal)
+
+  program = jax.make_jaxpr(jax.grad(loss))(params, inputs).jaxpr
+  reached = set(program.invars)
+  for equation in program.eqns:
+    if any(x in reached for x in equation.invars if not literal(x)):
+      reached.update(equation.outvars)
+  paths = zip(trees.flatten(params), program.outvars, strict=True)
+  return {path for path, out in paths if literal(out) or out not in reached}
