@@ -61,6 +61,7 @@ def shrink(config, **overrides):
   config.data.demo.update(DEMO)
   for section in config.evals.values():
     section.every_epochs, section.batch_size, section.limit = 0.0, 8, 8
+    section.views = min(section.views, 2)
   for key, value in overrides.items():
     place = config
     *path, last = key.split("__")
