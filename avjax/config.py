@@ -325,8 +325,7 @@ def plain(config: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
 def from_plain(values: Mapping[str, Any]) -> ConfigDict:
   """The inverse of `plain`: a locked config, lists back to tuples.
 
-  Keys of `data.fbank` and `data.augment` that a config saved by an earlier
-  version lacks get their neutral values.
+  It is `completed`.
   """
 
   def convert(value: Any) -> Any:
@@ -336,13 +335,25 @@ def from_plain(values: Mapping[str, Any]) -> ConfigDict:
       return tuple(convert(v) for v in value)
     return value
 
-  config = ConfigDict(convert(values))
-  for part in (config, *(config[name] for name in config.get("stages", ()))):
-    for name, neutral in (("fbank", FBANK), ("augment", AUGMENT)):
-      if name in part.get("data", {}):
-        section = part.data[name]
-        section.update({k: v for k, v in neutral.items() if k not in section})
-  return config.lock()
+  return ConfigDict(convert(completed(values))).lock()
+
+
+def completed(values: Mapping[str, Any]) -> dict[str, Any]:
+  """A plain config with neutral values where an earlier version had no key."""
+  if values.get("stages"):
+    stages = {name: completed(values[name]) for name in values["stages"]}
+    return {**values, **stages}
+  return _filled(values, plain(base_config()))
+
+
+def _filled(
+  values: Mapping[str, Any], defaults: Mapping[str, Any]
+) -> dict[str, Any]:
+  filled = {**defaults, **values}
+  for key, default in defaults.items():
+    if isinstance(default, Mapping) and isinstance(filled[key], Mapping):
+      filled[key] = _filled(filled[key], default)
+  return filled
 
 
 def differences(

@@ -40,10 +40,7 @@ def load(path: str | pathlib.Path) -> "Model":
       f"{path} is an image model, which can only start another: name it in "
       "init_from, or give avjax.convert a --config"
     )
-  # A run of an earlier version lacks keys that came later; their neutral values
-  # are what held then.
-  known = config_lib.plain(config_lib.base_config())
-  config = config_lib.from_plain(_filled(source.config, known))
+  config = config_lib.from_plain(source.config)
   classes = workdir(source.path).classes
   names = json.loads(classes.read_text()) if classes.exists() else {}
   if names and "classes" in config.model:
@@ -51,17 +48,6 @@ def load(path: str | pathlib.Path) -> "Model":
     with config.unlocked():
       config.model.classes = {head: len(known) for head, known in names.items()}
   return Model(config, methods.make(config), source.params, source.step, names)
-
-
-def _filled(
-  values: Mapping[str, Any], defaults: Mapping[str, Any]
-) -> dict[str, Any]:
-  """`values` with what they lack of the defaults, at any depth."""
-  filled = {**defaults, **values}
-  for key, default in defaults.items():
-    if isinstance(default, Mapping) and isinstance(filled[key], Mapping):
-      filled[key] = _filled(filled[key], default)
-  return filled
 
 
 def padded(batch: Mapping[str, Any], size: int) -> dict[str, Any]:

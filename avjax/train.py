@@ -97,7 +97,8 @@ def check_config(config: Any, run: Workdir) -> None:
   new = config_lib.plain(config)
   begun = run.metrics.exists() and run.metrics.stat().st_size > 0
   if run.config.exists() and (begun or any(run.checkpoints.glob("[0-9]*"))):
-    rows = config_lib.differences(run.read_config(), new)
+    old = config_lib.completed(run.read_config())
+    rows = config_lib.differences(old, new)
     rows = [row for row in rows if not row.startswith(FREE_KEYS)]
     if rows:
       raise InputError(

@@ -117,7 +117,7 @@ def set_optimizer(
 def shrink(config: ConfigDict) -> ConfigDict:
   """`:demo`: other data, sizes and step counts."""
   config.model.update(width=128, depth=3, heads=4, mlp=256)
-  config.model.patch_audio = (16, 32)
+  config.model.update(patch_audio=(16, 32), patch_video=(1, 8, 8))
   config.batch_size, config.log_every = 48, 10
   # Clips of 3 s (298 frames of log-mel) and 112 pixels.
   config.data.update(name="av_demo", split="train")
@@ -130,8 +130,9 @@ def shrink(config: ConfigDict) -> ConfigDict:
   if config.method == "cavmae":
     config.model.update(decoder_width=64, decoder_depth=1)
     config.model.update(decoder_heads=4, decoder_mlp=128, group_size=0)
-    # Ours: what 500 steps on 960 clips learn most with.
-    config.model.update(mask_audio=0.5, mask_video=0.5, contrast_weight=0.1)
+    # Ours: what hundreds of steps from random weights learn most with.
+    config.model.update(mask_audio=0.5, mask_video=0.5, contrast_weight=1.0)
+    config.batch_size = 64
     config.schedule.update(base_lr=1.5e-3, warmup_epochs=3.0)
     config.checkpoint.every_epochs = config.total_epochs / 4
   return config

@@ -8,9 +8,11 @@ import jax
 import numpy as np
 import pytest
 
+from avjax import config as config_lib
 from avjax import train
 from avjax.checkpoint import Checkpoints
 from avjax.errors import InputError
+from avjax.workdir import workdir
 from configs import avmae_vgg
 from tests import runs
 
@@ -248,6 +250,21 @@ def test_wrong_key_is_one_line(tmp_path, flag, words):
   assert result.returncode == 2
   assert words in result.stderr
   assert "Traceback" not in result.stderr
+
+
+def test_run_of_an_earlier_version_goes_on(demo_data, tmp_path):
+  """Keys that came later have the values that held before."""
+  config = runs.plain(runs.stage("avmae_vgg_finetune", data__dir=demo_data))
+  saved = config_lib.plain(config)
+  del saved["data"]["files"], saved["data"]["augment"]["roll"]
+  run = workdir(tmp_path)
+  run.config.write_text(json.dumps(saved))
+  run.metrics.write_text('{"step": 1}\n')
+  train.check_config(config, run)
+  saved["data"]["augment"]["flip"] = 0.25
+  run.config.write_text(json.dumps(saved))
+  with pytest.raises(InputError, match="augment.flip: 0.25 -> 0.5"):
+    train.check_config(config, run)
 
 
 def test_absent_data_set_ends_within_seconds(tmp_path):
