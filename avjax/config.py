@@ -74,6 +74,22 @@ def choose(table: Mapping[str, Any], name: str, key: str) -> Any:
   return table[name]
 
 
+def with_overrides(
+  values: Mapping[str, Any], overrides: Mapping[str, Any]
+) -> ConfigDict:
+  """`config.model` of a method: its default values, some of them replaced.
+
+  Raises:
+    InputError: an override that is no key; the nearest is named.
+  """
+  model = ConfigDict(dict(values))
+  for key, value in overrides.items():
+    if key not in model:
+      raise unknown("key of model", key, model)
+    model[key] = value
+  return model
+
+
 def parse_variants(
   arg: str | None,
   variants: Mapping[str, Mapping[str, Any]],

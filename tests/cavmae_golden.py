@@ -16,7 +16,7 @@ from avjax import methods
 from avjax.methods import cavmae_config
 from avjax.nn.positions import sincos_2d
 from avjax.weights import cavmae
-from tests import golden
+from tests import golden, public_weights
 
 SIZE = {"width": 32, "heads": 4, "mlp": 128}
 DECODER = {
@@ -99,22 +99,13 @@ def state(name):
   shapes = jax.eval_shape(method.init, jax.random.key(0), inputs())
   blank = jax.tree.map(lambda x: np.zeros(x.shape, np.float32), shapes)
   blank = cavmae.to_reference(blank, prefix="")
-  rng = np.random.default_rng(1234)
-  return {key: _value(key, blank[key].shape, rng) for key in sorted(blank)}
-
-
-def _value(key, shape, rng):
-  if key.endswith(("pos_embed_a", "pos_embed_v")):
-    grid = (8, 64) if key.endswith("a") else (14, 14)
-    return sincos_2d(grid, shape[-1])[None]
-  z = rng.standard_normal(shape)
-  if not key.endswith(".weight"):
-    value = 0.05 * z
-  elif len(shape) == 1:
-    value = 1 + 0.05 * z
-  else:
-    value = z / np.sqrt(np.prod(shape[1:]))
-  return value.astype(np.float32)
+  tables = {
+    key: sincos_2d((8, 64) if key.endswith("a") else (14, 14), x.shape[-1])
+    for key, x in blank.items()
+    if key.endswith(("pos_embed_a", "pos_embed_v"))
+  }
+  shapes = {key: x.shape for key, x in blank.items()}
+  return public_weights.draw(shapes, tables)
 
 
 @functools.cache

@@ -80,6 +80,20 @@ def decoded(monkeypatch):
   return found
 
 
+def stop_at_test(monkeypatch, media, folder):
+  """A build that is interrupted before the parts of the split `test`."""
+  write = parts.Part.write
+
+  def interrupted(part, results, cores):
+    if part.split == "test":
+      raise KeyboardInterrupt
+    write(part, results, cores)
+
+  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    patch.setattr(parts.Part, "write", interrupted)
+    build(media, folder)
+
+
 def test_killed_build_goes_on_with_the_next_part(media, tmp_path, monkeypatch):
   code = (
     "import os, pathlib, signal, sys\n"
@@ -110,16 +124,7 @@ def test_killed_build_goes_on_with_the_next_part(media, tmp_path, monkeypatch):
 
 
 def test_other_options_do_not_use_the_parts(media, tmp_path, monkeypatch):
-  write = parts.Part.write
-
-  def interrupted(part, results, cores):
-    if part.split == "test":
-      raise KeyboardInterrupt
-    write(part, results, cores)
-
-  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-    patch.setattr(parts.Part, "write", interrupted)
-    build(media, tmp_path)
+  stop_at_test(monkeypatch, media, tmp_path)
   found = decoded(monkeypatch)
   build(media, tmp_path, short_side=16)
   assert len(found) == len(NAMES)
@@ -161,18 +166,11 @@ def test_second_run_adds_what_was_missing(media, tmp_path, monkeypatch, capsys):
 
 
 def test_stopped_build_adds_what_has_come_since(media, tmp_path, monkeypatch):
-  some, write = tmp_path / "media", parts.Part.write
+  some = tmp_path / "media"
   shutil.copytree(media, some)
   (some / f"{NAMES[1]}.mp4").unlink()
 
-  def interrupted(part, results, cores):
-    if part.split == "test":
-      raise KeyboardInterrupt
-    write(part, results, cores)
-
-  with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-    patch.setattr(parts.Part, "write", interrupted)
-    build(some, tmp_path)
+  stop_at_test(monkeypatch, some, tmp_path)
   shutil.copy(media / f"{NAMES[1]}.mp4", some)
   found = decoded(monkeypatch)
   built = build(some, tmp_path)

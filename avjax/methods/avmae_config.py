@@ -7,7 +7,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from avjax.errors import InputError, lookup, unknown
+from avjax.config import with_overrides
+from avjax.errors import InputError, lookup
 from avjax.nn import av_encoder, sizes
 
 # The authors' code for B and L; the paper has no other size.
@@ -37,38 +38,32 @@ def default_model(size: str = "B", **overrides: Any) -> ConfigDict:
     InputError: an override that is no key; the nearest is named.
   """
   numbers = ("width", "depth", "heads", "mlp")
-  model = ConfigDict(
-    {
-      "size": size,  # Ti, S, B, L, H
-      # 0 = as the size says.
-      **dict.fromkeys(numbers, 0),
-      **{f"decoder_{name}": 0 for name in numbers},
-      "patch_video": (2, 16, 16),  # t, h, w
-      "patch_audio": (16, 16),  # time, mel
-      "modality": "av",  # a = AudioMAE, v = VideoMAE (table 3)
-      "encoder": "mid",  # early, separate, shared, mid
-      "fusion_layers": 2,  # S of mid
-      "decoder": "shared",  # shared, early, separate
-      "mask_video": 0.9,
-      "mask_audio": 0.5,
-      "objective": "joint",  # see OBJECTIVES
-      "standardise": "none",  # patch, channel: see `standardise`
-      "positions": "sinusoid_1d",  # learned_1d, none
-      "modality_tokens": False,
-      "normalise_output": True,  # a LayerNorm ends every stack
-      "loss_unmasked": False,  # the kept tokens count, too
-      "drop_path": 0.0,
-      "scan": False,
-      "remat": "none",  # see avjax.nn.transformer.REMAT
-      "attention": "auto",  # see avjax.nn.attention.IMPLEMENTATIONS
-      "allow_any": False,  # also the pairs that the paper rules out
-    }
-  )
-  for key, value in overrides.items():
-    if key not in model:
-      raise unknown("key of model", key, model)
-    model[key] = value
-  return model
+  values = {
+    "size": size,  # Ti, S, B, L, H
+    # 0 = as the size says.
+    **dict.fromkeys(numbers, 0),
+    **{f"decoder_{name}": 0 for name in numbers},
+    "patch_video": (2, 16, 16),  # t, h, w
+    "patch_audio": (16, 16),  # time, mel
+    "modality": "av",  # a = AudioMAE, v = VideoMAE (table 3)
+    "encoder": "mid",  # early, separate, shared, mid
+    "fusion_layers": 2,  # S of mid
+    "decoder": "shared",  # shared, early, separate
+    "mask_video": 0.9,
+    "mask_audio": 0.5,
+    "objective": "joint",  # see OBJECTIVES
+    "standardise": "none",  # patch, channel: see `standardise`
+    "positions": "sinusoid_1d",  # learned_1d, none
+    "modality_tokens": False,
+    "normalise_output": True,  # a LayerNorm ends every stack
+    "loss_unmasked": False,  # the kept tokens count, too
+    "drop_path": 0.0,
+    "scan": False,
+    "remat": "none",  # see avjax.nn.transformer.REMAT
+    "attention": "auto",  # see avjax.nn.attention.IMPLEMENTATIONS
+    "allow_any": False,  # also the pairs that the paper rules out
+  }
+  return with_overrides(values, overrides)
 
 
 def check(model: Any) -> Any:

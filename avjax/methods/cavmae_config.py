@@ -7,7 +7,8 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from avjax.errors import InputError, lookup, unknown
+from avjax.config import with_overrides
+from avjax.errors import InputError, lookup
 from avjax.nn import sizes
 from avjax.nn.cav_encoder import MODALITIES
 
@@ -59,7 +60,7 @@ def default_model(size: str = "B", **overrides: Any) -> ConfigDict:
     # public runs had 12 (base), 27 to 30 (scale+) and 64 (scale++) per GPU.
     "group_size": 0,
   }
-  return _override(values, overrides)
+  return with_overrides(values, overrides)
 
 
 def finetune_model(size: str = "B", **overrides: Any) -> ConfigDict:
@@ -77,16 +78,7 @@ def finetune_model(size: str = "B", **overrides: Any) -> ConfigDict:
     "loss": "auto",
     "freeze_base": False,  # train the classifier alone
   }
-  return _override(values, overrides)
-
-
-def _override(values: dict[str, Any], overrides: dict[str, Any]) -> ConfigDict:
-  model = ConfigDict(values)
-  for key, value in overrides.items():
-    if key not in model:
-      raise unknown("key of model", key, model)
-    model[key] = value
-  return model
+  return with_overrides(values, overrides)
 
 
 def check(model: Any) -> Any:

@@ -22,7 +22,8 @@ from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
 from avjax import losses
-from avjax.errors import InputError, lookup, unknown
+from avjax.config import with_overrides
+from avjax.errors import InputError, lookup
 from avjax.methods.base import Inputs, Loaded, Method, ParamInfo, Params
 from avjax.nn import av_encoder, heads, masking, sizes, streams
 from avjax.nn.av_encoder import INPUTS, MODALITIES, Keep, Tokens
@@ -43,40 +44,34 @@ def default_model(size: str = "L", **overrides: Any) -> ConfigDict:
   Raises:
     InputError: an override that is no key; the nearest is named.
   """
-  model = ConfigDict(
-    {
-      "size": size,  # Ti, S, B, L, H
-      # 0 = as the size says.
-      **dict.fromkeys(("width", "depth", "heads", "mlp"), 0),
-      "patch_video": (2, 16, 16),  # t, h, w
-      "patch_audio": (16, 16),  # time, mel
-      "audio_channels": 1,  # 3 = the spectrogram thrice (public, VGGSound)
-      "modality": "av",  # a, v: a plain ViT
-      # mbt, or the encoder that was pretrained: early, separate, shared, mid.
-      "fusion": "mbt",
-      "fusion_layers": 2,  # S of mid
-      "fusion_layer": -1,  # first of mbt; -1 = 2/3 of the depth: B 8, L 16
-      "use_bottleneck": True,  # False = attention across all tokens
-      "n_bottlenecks": 4,  # one more with `token` (public)
-      "test_with_bottlenecks": True,
-      "share_encoder": False,  # one set of blocks for both streams
-      "classifier": "gap",  # token = a CLS per modality
-      "positions": "sinusoid_1d",  # learned_1d (original MBT), none
-      "modality_tokens": False,
-      "classes": {},  # by head; empty = the data set's
-      "segments": 0,  # of the segment head; 0 = one per second of the clip
-      "label_smoothing": 0.3,  # public
-      "drop_path": 0.3,  # public
-      "scan": False,
-      "remat": "none",  # see avjax.nn.transformer.REMAT
-      "attention": "auto",  # see avjax.nn.attention.IMPLEMENTATIONS
-    }
-  )
-  for key, value in overrides.items():
-    if key not in model:
-      raise unknown("key of model", key, model)
-    model[key] = value
-  return model
+  values = {
+    "size": size,  # Ti, S, B, L, H
+    # 0 = as the size says.
+    **dict.fromkeys(("width", "depth", "heads", "mlp"), 0),
+    "patch_video": (2, 16, 16),  # t, h, w
+    "patch_audio": (16, 16),  # time, mel
+    "audio_channels": 1,  # 3 = the spectrogram thrice (public, VGGSound)
+    "modality": "av",  # a, v: a plain ViT
+    # mbt, or the encoder that was pretrained: early, separate, shared, mid.
+    "fusion": "mbt",
+    "fusion_layers": 2,  # S of mid
+    "fusion_layer": -1,  # first of mbt; -1 = 2/3 of the depth: B 8, L 16
+    "use_bottleneck": True,  # False = attention across all tokens
+    "n_bottlenecks": 4,  # one more with `token` (public)
+    "test_with_bottlenecks": True,
+    "share_encoder": False,  # one set of blocks for both streams
+    "classifier": "gap",  # token = a CLS per modality
+    "positions": "sinusoid_1d",  # learned_1d (original MBT), none
+    "modality_tokens": False,
+    "classes": {},  # by head; empty = the data set's
+    "segments": 0,  # of the segment head; 0 = one per second of the clip
+    "label_smoothing": 0.3,  # public
+    "drop_path": 0.3,  # public
+    "scan": False,
+    "remat": "none",  # see avjax.nn.transformer.REMAT
+    "attention": "auto",  # see avjax.nn.attention.IMPLEMENTATIONS
+  }
+  return with_overrides(values, overrides)
 
 
 class MBT(Method):
