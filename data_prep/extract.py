@@ -9,10 +9,12 @@ there with its full size is not written again, so a stopped run goes on.
 import collections
 import contextlib
 import dataclasses
+import os
 import pathlib
 import shutil
 import sys
 import tarfile
+import uuid
 import zipfile
 import zlib
 from collections.abc import Iterator, Sequence
@@ -87,23 +89,39 @@ def _place(member: Member, folder: pathlib.Path, read: Any) -> str:
     return member.problem
   try:
     target = recorder.inside(folder, member.name, "member")
-    # A link that was there before may lead out of the folder, too.
-    if not target.resolve().is_relative_to(folder.resolve()):
+    # A link that was there before may lead out of the folder, too; and a name
+    # such as `a/..` is the folder itself.
+    if folder.resolve() not in target.resolve().parents:
       return "outside the folder"
   except (InputError, ValueError):
     return "outside the folder"
   if target.is_file() and target.stat().st_size == member.size:
     return "there already"
   target.parent.mkdir(parents=True, exist_ok=True)
-  temporary = target.with_name(target.name + ".tmp")
-  with read(member) as source, temporary.open("wb") as copy:
-    shutil.copyfileobj(source, copy, 1 << 20)
-  if temporary.stat().st_size != member.size:
-    raise EOFError(
-      f"{member.name} has {temporary.stat().st_size} of {member.size} bytes"
-    )
-  temporary.replace(target)
+  with _temporary(folder) as (temporary, copy):
+    with read(member) as source:
+      shutil.copyfileobj(source, copy, 1 << 20)
+    copy.close()
+    size = temporary.stat().st_size
+    if size != member.size:
+      raise EOFError(f"{member.name} has {size} of {member.size} bytes")
+    temporary.replace(target)
   return "written"
+
+
+@contextlib.contextmanager
+def _temporary(folder: pathlib.Path) -> Iterator[tuple[pathlib.Path, Any]]:
+  """A new file in the folder, open for writing; gone if it is not moved.
+
+  No member can have guessed its name, and no link of that name is followed.
+  """
+  path = folder / f".{uuid.uuid4().hex}.tmp"
+  exclusive = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW
+  try:
+    with os.fdopen(os.open(path, exclusive, 0o666), "wb") as file:
+      yield path, file
+  finally:
+    path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

@@ -103,6 +103,41 @@ def test_link_that_is_there_leads_nowhere(tmp_path):
   assert not any((tmp_path / "else").iterdir())
 
 
+@pytest.mark.parametrize("name", [".", "a/..", "a/../."])
+def test_folder_itself_is_no_file(name, tmp_path):
+  out = tmp_path / "inner" / "out"
+  path = tarred(tmp_path / "m.tar", "w", [member(name)])
+  found = extract.extract(path, out, max_bytes=10_000)
+  assert found["outside the folder"] == [name]
+  path = zipped(tmp_path / "m.zip", [zipfile.ZipInfo(name)])
+  found = extract.extract(path, out, max_bytes=10_000)
+  assert found["outside the folder"] == [name]
+  assert os.listdir(tmp_path / "inner") == ["out"]
+  assert contents(out) == FILES
+
+
+def test_temporary_name_is_nobody_elses(tmp_path):
+  """Neither a link that is there nor a member called alike is written to."""
+  out = tmp_path / "out"
+  (out / "a").mkdir(parents=True)
+  (tmp_path / "mine").write_bytes(b"mine")
+  (out / "b.txt.tmp").symlink_to(tmp_path / "mine")
+  more = [member("c.mp4.tmp"), member("c.mp4")]
+  extract.extract(tarred(tmp_path / "m.tar", "w", more), out, max_bytes=10_000)
+  assert (tmp_path / "mine").read_bytes() == b"mine"
+  assert (out / "b.txt").read_bytes() == FILES["b.txt"]
+  assert (out / "c.mp4.tmp").read_bytes() == b"evil"
+  assert len(os.listdir(out)) == 5  # no other is left
+
+
+def test_nothing_is_left_of_a_member_that_fails(tmp_path):
+  whole = tarred(tmp_path / "m.tar", "w").read_bytes()
+  (tmp_path / "cut.tar").write_bytes(whole[: len(whole) // 4])
+  with pytest.raises(InputError, match="cut.tar"):
+    extract.extract(tmp_path / "cut.tar", tmp_path / "out", max_bytes=10_000)
+  assert list(contents(tmp_path / "out")) == ["a/-x.mp4"]
+
+
 def test_bad_archives_are_named(tmp_path):
   whole = tarred(tmp_path / "m.tar", "w").read_bytes()
   (tmp_path / "cut.tar").write_bytes(whole[: len(whole) // 4])
