@@ -314,7 +314,7 @@ def bar_plot(
   *,
   title: str = "",
   y_label: str = "",
-  line: Number | None = None,
+  line: Number | Sequence[Number] | None = None,
 ) -> Picture:
   """Groups of bars, one group per label and one bar per series.
 
@@ -324,7 +324,8 @@ def bar_plot(
       that is not a number leaves a gap.
     title: above the axes.
     y_label: of the vertical axis, with its unit.
-    line: height of a dashed line, which the legend calls chance.
+    line: height of a dashed line, which the legend calls chance; or one
+      height per series, drawn in the series' colour.
   """
   width = max(6.4, 1.5 + 0.35 * len(labels) * (len(series) + 1))
   figure, axis = _axes(width, 4.4, title, "", y_label)
@@ -347,12 +348,12 @@ def bar_plot(
   if slanted:
     for text in axis.get_xticklabels():
       text.set_ha("right")
-  _reference(axis, line)
+  if isinstance(line, Sequence):
+    _references(axis, line)
+  else:
+    _reference(axis, line)
   if len(series) > 1 or line is not None:
-    # Bars leave no room that is surely free.
-    figure.legend(
-      fontsize=8, frameon=False, loc="outside lower center", ncols=6
-    )
+    _legend_below(figure, axis, width)
   return to_array(figure)
 
 
@@ -374,3 +375,35 @@ def _axes(
 def _reference(axis: Any, line: Number | None) -> None:
   if line is not None:
     axis.axhline(line, color="0.4", ls="--", lw=1, label="chance")
+
+
+def _legend_below(figure: Figure, axis: Any, width: Number) -> None:
+  """Under the axes: bars leave no room that is surely free. Chance is last."""
+  handles, names = axis.get_legend_handles_labels()
+  order = sorted(range(len(names)), key=lambda i: names[i] == "chance")
+  entry = max(len(name) for name in names) * 0.07 + 0.6  # inches
+  figure.legend(
+    [handles[i] for i in order],
+    [names[i] for i in order],
+    fontsize=8,
+    frameon=False,
+    loc="outside lower center",
+    ncols=min(6, max(1, int(width / entry))),
+  )
+
+
+def _references(axis: Any, heights: Sequence[Number]) -> None:
+  """A line per series; lines of one height take turns in their dashes."""
+  for number, height in enumerate(heights):
+    same = [n for n, other in enumerate(heights) if other == height]
+    turn, dash = same.index(number), 4.0
+    # Alone, a line leaves gaps too.
+    gaps = dash * max(1, len(same) - 1)
+    axis.axhline(
+      height,
+      color=COLOURS[number % len(COLOURS)],
+      ls=(-turn * dash, (dash, gaps)),
+      lw=1.5,
+    )
+  # The legend's entry: the colours are those of the bars.
+  axis.plot([], [], color="0.4", ls="--", label="chance")

@@ -61,13 +61,39 @@ class Study:
     title: of the table and the plot.
     rows: in order; a row's `start` comes before it.
     metrics: names of scores, `<eval>/<metric>`.
-    chance: score of guessing, drawn as a line.
+    chance: score of guessing, one for all metrics or one per metric; drawn
+      as lines.
+    headings: of the metrics in the table and the plot; () = their names.
+
+  Raises:
+    InputError: another number of chances or headings than of metrics.
   """
 
   title: str
   rows: Sequence[Row]
   metrics: Sequence[str]
-  chance: float = 0.0
+  chance: float | Sequence[float] = 0.0
+  headings: Sequence[str] = ()
+
+  def __post_init__(self):
+    for key in ("chances", "columns"):
+      if len(getattr(self, key)) != len(self.metrics):
+        raise InputError(
+          f"study {self.title!r}: {len(getattr(self, key))} {key} for "
+          f"{len(self.metrics)} metrics"
+        )
+
+  @property
+  def chances(self) -> tuple[float, ...]:
+    """The score of guessing by metric."""
+    if isinstance(self.chance, Sequence):
+      return tuple(self.chance)
+    return (self.chance,) * len(self.metrics)
+
+  @property
+  def columns(self) -> tuple[str, ...]:
+    """The heading of each metric."""
+    return tuple(self.headings or self.metrics)
 
 
 def read_study(path: str) -> Study:
@@ -141,11 +167,11 @@ def run(study: Study, seeds: Sequence[int], output: Any, smoke: bool) -> Any:
   began, records = time.time(), []
   for number, (seed, row) in enumerate(jobs):
     records.append(run_row(row, seed, output, smoke))
+    scores = {m: records[-1][m] for m in study.metrics if m in records[-1]}
     left = (time.time() - began) / (number + 1) * (len(jobs) - number - 1)
     print(
       f"[{number + 1}/{len(jobs)}] {row.name} seed {seed}: "
-      f"{report.in_words({m: records[-1].get(m, float('nan')) for m in study.metrics})}; "  # noqa: E501
-      f"{report.duration(left)} left",
+      f"{report.in_words(scores)}; {report.duration(left)} left",
       flush=True,
     )
     write(study, records, output)
@@ -179,7 +205,10 @@ def run_row(
 def summary(
   study: Study, records: Sequence[dict[str, Any]]
 ) -> list[tuple[str, list[tuple[float, float, int]]]]:
-  """(row, [(mean, standard deviation, runs) per metric]) of shown rows."""
+  """(row, [(mean, standard deviation, runs) per metric]) of shown rows.
+
+  A metric that no run of a row has is (not a number, 0, 0).
+  """
   result = []
   for row in study.rows:
     runs = [r for r in records if r["row"] == row.name]
@@ -210,25 +239,37 @@ def write(study: Study, records: Sequence[dict[str, Any]], output: Any) -> None:
   rows = summary(study, records)
   if not rows:
     return
-  lines = [
-    f"# {study.title}", "",
-    f"| run | {' | '.join(study.metrics)} | seeds |",
-    "|---" * (len(study.metrics) + 2) + "|",
-  ]  # fmt: skip
-  for name, cells in rows:
-    texts = [f"{mean:.3f} ± {spread:.3f}" for mean, spread, _ in cells]
-    lines.append(f"| {name} | {' | '.join(texts)} | {cells[0][2]} |")
-  lines += ["", f"Chance: {study.chance:.3f}.", ""]
-  (output / "results.md").write_text("\n".join(lines))
+  (output / "results.md").write_text(table(study, rows))
   plots.save(
     output / "results.png",
     plots.bar_plot(
       [name for name, _ in rows],
-      {m: [c[i][:2] for _, c in rows] for i, m in enumerate(study.metrics)},
+      {m: [c[i][:2] for _, c in rows] for i, m in enumerate(study.columns)},
       title=study.title,
       line=study.chance,
     ),
   )
+
+
+def table(
+  study: Study, rows: Sequence[tuple[str, list[tuple[float, float, int]]]]
+) -> str:
+  """Markdown of a `summary`."""
+  lines = [
+    f"# {study.title}", "",
+    f"| run | {' | '.join(study.columns)} | seeds |",
+    "|---" * (len(study.metrics) + 2) + "|",
+  ]  # fmt: skip
+  for name, cells in rows:
+    texts = [
+      f"{mean:.3f} ± {spread:.3f}" if runs else "–"
+      for mean, spread, runs in cells
+    ]
+    seeds = max(runs for _, _, runs in cells)
+    lines.append(f"| {name} | {' | '.join(texts)} | {seeds} |")
+  chances = " | ".join(f"{chance:.3f}" for chance in study.chances)
+  lines += [f"| chance | {chances} | |", ""]
+  return "\n".join(lines)
 
 
 def main(argv: list[str]) -> None:

@@ -2,13 +2,18 @@
 
 import csv
 import json
+import pathlib
 
+import matplotlib.image as plt
+import numpy as np
 import pytest
+from matplotlib.colors import to_rgb
 
-from avjax import sweep
+from avjax import plots, sweep
 from avjax.errors import InputError
 from avjax.sweep import Row, Study
 
+STUDIES = pathlib.Path(__file__).parent.parent / "configs" / "studies"
 STUDY = Study(
   title="a study",
   rows=(
@@ -69,13 +74,55 @@ def test_finished_runs_are_read_and_summed_up(tmp_path, monkeypatch):
   table = (tmp_path / "results.md").read_text()
   assert "| first | 0.600 ± 0.141 | 2 |" in table
   assert "| second | 0.250 ± 0.000 | 2 |" in table
-  assert "Chance: 0.250" in table
+  assert "| chance | 0.250 | |" in table
   with (tmp_path / "results.csv").open() as file:
     rows = list(csv.DictReader(file))
   assert [(r["row"], r["seed"], r["test/top1"]) for r in rows[:2]] == [
     ("first", "0", "0.5"), ("second", "0", "0.25"),
   ]  # fmt: skip
   assert (tmp_path / "results.png").stat().st_size > 5_000
+
+
+def test_chance_and_gaps_of_each_metric(tmp_path):
+  """One chance per metric; what a row lacks is no number."""
+  study = Study(
+    title="two",
+    rows=(Row("both", "c.py"), Row("one", "c.py")),
+    metrics=("test/R1", "test/R10"),
+    chance=(1 / 240, 10 / 240),
+    headings=("R@1", "R@10"),
+  )
+  records = [
+    {"row": "both", "seed": 0, "seconds": 1.0, "test/R1": 0.5, "test/R10": 1.0},
+    {"row": "one", "seed": 0, "seconds": 1.0, "test/R10": 0.25},
+  ]
+  sweep.write(study, records, tmp_path)
+  assert (tmp_path / "results.md").read_text().splitlines()[2:] == [
+    "| run | R@1 | R@10 | seeds |",
+    "|---|---|---|---|",
+    "| both | 0.500 ± 0.000 | 1.000 ± 0.000 | 1 |",
+    "| one | – | 0.250 ± 0.000 | 1 |",
+    "| chance | 0.004 | 0.042 | |",
+  ]
+  image = plt.imread(tmp_path / "results.png")[..., :3]
+  for colour in plots.COLOURS[:2]:
+    near = np.abs(image - to_rgb(colour)).max(-1) < 0.15
+    reach = [np.flatnonzero(row) for row in near if row.any()]
+    # A line reaches from edge to edge; no bar does.
+    assert max(np.ptp(x) for x in reach) > 0.85 * image.shape[1]
+
+
+def test_as_many_chances_as_metrics():
+  with pytest.raises(InputError, match="3 chances for 2 metrics"):
+    Study("x", (), ("a", "b"), chance=(0.1, 0.2, 0.3))
+  with pytest.raises(InputError, match="1 columns for 2 metrics"):
+    Study("x", (), ("a", "b"), headings=("A",))
+
+
+def test_recall_among_240_clips_has_two_chances():
+  study = sweep.read_study(str(STUDIES / "cavmae_demo.py"))
+  for metric, chance in zip(study.metrics, study.chances, strict=True):
+    assert chance == int(metric.split("_R")[1]) / 240
 
 
 def test_failed_run_is_named_with_its_log(tmp_path, monkeypatch):

@@ -38,4 +38,5 @@ def get_study() -> Study:
     ),
     metrics=("test/top1",),
     chance=1 / 24,
+    headings=("top-1",),
   )
