@@ -19,6 +19,7 @@ from avjax import config as config_lib
 from avjax import convert, evaluate, initialise, methods, trees
 from avjax.errors import InputError
 from avjax.methods import avmae_config, cavmae_config, mbt
+from avjax.nn import sizes
 from avjax.nn.positions import sincos_2d
 from avjax.weights import families, formats, image, table
 from tests import golden, public_weights, runs
@@ -345,9 +346,9 @@ def test_published_files_bring_their_configs(family, name, argument, method):
   found = config_lib.from_plain(families.config_of(weights))
   assert (found.method, found.init_from) == (method, "")
   assert found.data.to_dict() == config.data.to_dict()
-  sizes = {"classes": found.model.get("classes"), "size": found.model.size}
+  read = {"classes": found.model.get("classes"), "size": found.model.size}
   with config.unlocked():
-    config.model.update({k: v for k, v in sizes.items() if k in config.model})
+    config.model.update({k: v for k, v in read.items() if k in config.model})
   assert found.model.to_dict() == config.model.to_dict()
 
 
@@ -374,6 +375,34 @@ def test_original_mbt_brings_its_clips():
   assert found["data"]["video"]["num_frames"] == 32
 
 
+@pytest.fixture
+def tiny(monkeypatch):
+  """The size of the files here is a standard one."""
+  monkeypatch.setitem(sizes.SIZES, "Ti", sizes.Size(32, 12, 4, 128))
+
+
+def test_file_of_both_branches_is_said_to_be_taken_as_both(
+  tiny, tmp_path, caplog
+):
+  """Public files of sound alone hold the picture's branch, too."""
+  weights = families.load(save(tmp_path / "vgg_59.8.pth", recipe(309)))
+  assert families.config_of(weights)["model"]["modality"] == "av"
+  (told,) = [r for r in caplog.records if r.levelname == "WARNING"]
+  assert "cavmae_vgg_finetune.py:modality=a" in told.getMessage()
+  (row,) = [r for r in table.CHECKPOINTS if r.name == "vgg_59.8.pth"]
+  (config,) = table_configs(row)
+  config.model.update(SMALL)
+  with config.unlocked():
+    config.model.classes = {"label": 309}
+  caplog.clear()
+  folder = tmp_path / "run"
+  report = convert.convert(tmp_path / "vgg_59.8.pth", folder, config=config)
+  assert not report.missing and not report.misshaped
+  assert all("video" in name or "joint" in name for name in report.unused)
+  assert avjax.load(folder).config.model.modality == "a"
+  assert not [r for r in caplog.records if "modality" in r.getMessage()]
+
+
 def test_counts_are_those_of_the_public_files():
   full = {"d": 768, "depth": 11, "decoder": (512, 8)}
   for classes, arrays, numbers in (
@@ -384,14 +413,45 @@ def test_counts_are_those_of_the_public_files():
     assert sum(int(np.prod(shape)) for shape in shapes.values()) == numbers
 
 
+def table_configs(row):
+  """The configs that a row names, with its flags, as the trainer gets them."""
+  flags = re.findall(r"--config\.([\w.]+)=(\S+)", row.config)
+  named = re.findall(r"(\w+)\.py(?::([\w=,+]+))?", row.config)
+  assert named, row
+  for name, argument in named:
+    config = importlib.import_module(f"configs.{name}").get_config(argument)
+    for path, text in flags:
+      *parts, last = path.split(".")
+      place = functools.reduce(lambda at, key: at[key], parts, config)
+      kind = type(place[last])
+      place[last] = text == "True" if kind is bool else kind(text)
+    yield config
+
+
 def test_table_names_families_and_configs_that_exist():
   for row in table.CHECKPOINTS:
     assert row.family in families.FAMILIES and row.licence
-    named = re.findall(r"(\w+)\.py(?::([\w=,+]+))?", row.config)
-    assert named, row
-    for name, argument in named:
-      importlib.import_module(f"configs.{name}").get_config(argument)
+    assert list(table_configs(row))
+  names = [row.name for row in table.CHECKPOINTS]
+  assert len(set(names)) == len(names)
   assert table.markdown().count("\n") == len(table.CHECKPOINTS) + 1
+
+
+def test_table_gives_finetuned_rows_their_modality():
+  words = {"audiovisual": "av", "audio": "a", "video": "v"}
+  found = {}
+  for row in table.CHECKPOINTS:
+    last = re.split(r"[ _]", row.score if row.family == "cavmae" else row.name)
+    if last[-1] in words and row.family in ("cavmae", "mbt"):
+      (config,) = table_configs(row)
+      config = families.stage(config, "")
+      if "modality" in config.model and "_finetune" in row.config:
+        assert config.model.modality == words[last[-1]], row
+        assert config.data.modality == words[last[-1]], row
+        found[row.name] = config.model.modality
+  for name in ("as_46.6.pth", "as_37.7.pth", "vgg_59.8.pth"):
+    assert found[name] == "a"
+  assert len(found) == 7 + 7
 
 
 # --- The command -------------------------------------------------------------

@@ -16,6 +16,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
+from absl import logging
 from ml_collections import ConfigDict
 
 from avjax import config as config_lib
@@ -277,6 +278,13 @@ def config_of(weights: Weights) -> dict[str, Any]:
     ) from error
   config = stage(module.get_config(argument), weights.method)
   _resize(config.model, weights)
+  if weights.method == "cavmae_finetune" and config.model.modality == "av":
+    logging.warning(
+      "the file holds both branches and is taken for an audiovisual model; "
+      "CAV-MAE's files of sound alone hold both, too: convert one of these "
+      "with --config=configs/%s.py:modality=a",
+      name,
+    )
   if "modality" in config.model:
     config.data.modality = config.model.modality
   if weights.family == "mbt_original":
