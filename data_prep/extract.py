@@ -9,6 +9,7 @@ there with its full size is not written again, so a stopped run goes on.
 import collections
 import contextlib
 import dataclasses
+import lzma
 import os
 import pathlib
 import shutil
@@ -27,6 +28,12 @@ from avjax.errors import InputError
 from data_prep import progress, recorder
 
 GIGABYTE = 10**9
+# How gzip, bzip2, xz and LZMA files begin.
+_COMPRESSED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"]\0\0")
+_UNREADABLE = (
+  tarfile.TarError, zipfile.BadZipFile, EOFError, OSError, zlib.error,
+  lzma.LZMAError, NotImplementedError, RuntimeError,
+)  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,8 +68,10 @@ def extract(
     'link or device'.
 
   Raises:
-    InputError: the archive cannot be read to its end, or holds more than
-      `max_bytes`.
+    InputError: the archive cannot be read to its end, a checksum of it is
+      wrong, or it holds more than `max_bytes`. Files that may be wrong are
+      removed: all those written by this call from a compressed tar, unless it
+      is merely cut short.
   """
   outcomes: dict[str, list[str]] = collections.defaultdict(list)
   folder.mkdir(parents=True, exist_ok=True)
@@ -77,10 +86,30 @@ def extract(
             "with --max_gb"
           )
         outcomes[_place(member, folder, read)].append(member.name)
-  except (tarfile.TarError, zipfile.BadZipFile, EOFError, OSError,
-          zlib.error, NotImplementedError, RuntimeError) as error:  # fmt: skip
-    raise InputError(f"{archive} cannot be unpacked: {error}") from error
+  except _UNREADABLE as error:
+    words = f"cannot be unpacked: {error}"
+    if isinstance(error, _DamagedTar):
+      count = sum(map(len, outcomes.values()))
+      words = f"is damaged or cut short after {count} members"
+    if _doubtful(archive, error):
+      words += f"; {len(outcomes['written'])} files of it are removed again"
+      for name in outcomes["written"]:
+        recorder.inside(folder, name, "member").unlink(missing_ok=True)
+    raise InputError(f"{archive} {words}") from error
   return dict(outcomes)
+
+
+def _doubtful(archive: pathlib.Path, error: BaseException) -> bool:
+  """Whether files that were written before the error may be wrong, too.
+
+  A compressed tar has checksums of large blocks or of the whole alone. Where
+  it is merely cut, or the disk is full (an error with a number), they are as
+  good as those of a run that was stopped.
+  """
+  if isinstance(error, EOFError) or getattr(error, "errno", None):
+    return False
+  with archive.open("rb") as file:
+    return file.read(8).startswith(_COMPRESSED)
 
 
 def _place(member: Member, folder: pathlib.Path, read: Any) -> str:
@@ -135,7 +164,8 @@ def _open(archive: pathlib.Path) -> Iterator[tuple[Iterator[Member], Any]]:
 
       yield _zipped(file), open_zipped
     return
-  with tarfile.open(archive) as file:  # in the order of its bytes
+  # In the order of its bytes.
+  with tarfile.open(archive, tarinfo=_Header) as file:
 
     def open_tarred(member: Member) -> IO[bytes]:
       content = file.extractfile(member.content)
@@ -146,11 +176,31 @@ def _open(archive: pathlib.Path) -> Iterator[tuple[Iterator[Member], Any]]:
     yield _tarred(file), open_tarred
 
 
+class _DamagedTar(tarfile.ReadError):
+  """Neither a header nor the zeros that end a tar file."""
+
+
+class _Header(tarfile.TarInfo):
+  """A tar's header; TarFile takes a bad one behind the first for the end."""
+
+  @classmethod
+  def fromtarfile(cls, file: Any) -> tarfile.TarInfo:
+    try:
+      return super().fromtarfile(file)
+    except tarfile.EOFHeaderError:  # zeros
+      raise
+    except tarfile.HeaderError as error:
+      raise _DamagedTar(str(error)) from error
+
+
 def _tarred(file: tarfile.TarFile) -> Iterator[Member]:
   for info in file:
     if not info.isdir():
       problem = "" if info.isreg() else "link or device"
       yield Member(info.name, info.size, problem, info)
+  # Checksums of compressed files are verified at their ends.
+  while file.fileobj.read(1 << 20):
+    pass
 
 
 def _zipped(file: zipfile.ZipFile) -> Iterator[Member]:

@@ -1,12 +1,15 @@
 """Archives are unpacked into their folder and nowhere else."""
 
+import gzip
 import io
+import lzma
 import os
 import subprocess
 import sys
 import tarfile
 import zipfile
 
+import numpy as np
 import pytest
 
 from avjax.errors import InputError
@@ -148,6 +151,74 @@ def test_bad_archives_are_named(tmp_path):
   assert "b.txt" not in contents(tmp_path / "out")
   with pytest.raises(InputError, match="more than 1e-06 GB.*--max_gb"):
     extract.extract(tmp_path / "m.tar", tmp_path / "out", max_bytes=1_000)
+
+
+def damaged(path, position):
+  """The file with one bit of one byte turned."""
+  data = bytearray(path.read_bytes())
+  data[position] ^= 4
+  path.write_bytes(data)
+  return path
+
+
+@pytest.mark.parametrize("mode", ["", "gz", "xz"])
+@pytest.mark.parametrize("fault", ["header", "boundary", "empty"])
+def test_tar_without_its_end_is_damaged(mode, fault, tmp_path):
+  """TarFile itself takes a bad header, or none, for the end."""
+  plain = tarred(tmp_path / "m.tar", "w")
+  # a/-x.mp4: header, content; b.txt: header at 1,024.
+  if fault == "header":
+    damaged(plain, 1_024 + 150)
+  else:
+    size = {"boundary": 1_024, "empty": 1_024 + 512 + 5_120}[fault]
+    plain.write_bytes(plain.read_bytes()[:size])
+  opener = {"": open, "gz": gzip.open, "xz": lzma.open}[mode]
+  path = tmp_path / f"bad.tar.{mode}"
+  with opener(path, "wb") as file:
+    file.write(plain.read_bytes())
+  count = 2 if fault == "empty" else 1
+  words = f"bad.tar.* is damaged or cut short after {count} members"
+  with pytest.raises(InputError, match=words):
+    extract.extract(path, tmp_path / "out", max_bytes=10_000)
+
+
+@pytest.mark.parametrize("mode", ["gz", "xz"])
+@pytest.mark.parametrize("behind", [False, True])
+def test_checksums_of_compressed_tars_are_verified(mode, behind, tmp_path):
+  """Wrong bytes in a member, or only in what follows the last one."""
+  content = np.random.default_rng(0).bytes(300_000)  # does not compress
+  info = tarfile.TarInfo("x.mp4")
+  info.size = len(content)
+  path = tmp_path / f"m.tar.{mode}"
+  with tarfile.open(path, f"w:{mode}") as file:
+    file.addfile(info, io.BytesIO(content))
+  whole = path.read_bytes()
+  extract.extract(path, tmp_path / "out", max_bytes=10**6)
+  # The checksum of gzip is in the last 8 bytes, that of xz in its last block.
+  damaged(path, (-6 if mode == "gz" else -20) if behind else len(whole) // 2)
+  with pytest.raises(InputError, match=f"m.tar.{mode} "):
+    extract.extract(path, tmp_path / "new", max_bytes=10**6)
+  # Else the sound archive would find it there already.
+  assert contents(tmp_path / "new") == {}
+  path.write_bytes(whole)
+  found = extract.extract(path, tmp_path / "new", max_bytes=10**6)
+  assert found == {"written": ["x.mp4"]}
+
+
+def test_compressed_tar_that_is_cut_keeps_what_came_whole(tmp_path):
+  content = np.random.default_rng(0).bytes(300_000)
+  path = tmp_path / "m.tgz"
+  more = tarfile.TarInfo("x.mp4")
+  more.size = len(content)
+  with tarfile.open(path, "w:gz") as file:
+    for name in ("x.mp4", "y.mp4"):
+      more.name = name
+      file.addfile(more, io.BytesIO(content))
+  whole = path.read_bytes()
+  path.write_bytes(whole[: len(whole) * 3 // 4])
+  with pytest.raises(InputError, match="m.tgz cannot be unpacked: .* ended"):
+    extract.extract(path, tmp_path / "out", max_bytes=10**6)
+  assert contents(tmp_path / "out") == {"x.mp4": content}
 
 
 def test_command(tmp_path):
