@@ -403,6 +403,54 @@ def test_file_of_both_branches_is_said_to_be_taken_as_both(
   assert not [r for r in caplog.records if "modality" in r.getMessage()]
 
 
+def test_table_gives_pretraining_files_their_recipes():
+  """As CAV-MAE's README tells them apart."""
+  found = {}
+  for row in table.CHECKPOINTS:
+    if row.family == "cavmae" and "_finetune" not in row.config:
+      (config,) = table_configs(row)
+      model = config.model
+      assert model.mask_audio == model.mask_video
+      file = re.search(r"[\w.-]+\.pth", row.name)[0]
+      found[file] = (
+        config.batch_size, model.group_size, model.contrast_weight,
+        model.masking, model.mask_audio, model.norm_pix,
+        model.contrast_two_way,
+      )  # fmt: skip
+  base = (48, 12, 0.01, "unstructured", 0.75, True, False)
+  assert found == {
+    "audio_model.21.pth": (256, 64, *base[2:]),
+    "audio_model.25.pth": (108, 27, *base[2:]),
+    "cav-mae-base.pth": base,
+    "cav-mae-base-nonorm.pth": (*base[:5], False, False),
+    "50.pth": (*base[:4], 0.5, True, False),
+    "65.pth": (*base[:4], 0.65, True, False),
+    "85.pth": (*base[:4], 0.85, True, False),
+    "time_freq_75.pth": (*base[:3], "time_frequency", 0.75, True, False),
+    "time_freq_50.pth": (*base[:3], "time_frequency", 0.5, True, False),
+    "time_75.pth": (*base[:3], "time", 0.75, True, False),
+    "freq_75.pth": (*base[:3], "frequency", 0.75, True, False),
+    "cav-mae-base-c0.001.pth": (48, 12, 0.001, *base[3:]),
+    "cav-mae-base-c0.1.pth": (48, 12, 0.1, *base[3:]),
+    "single_direction.pth": (120, 30, *base[2:]),
+    "symc.pth": (120, 30, *base[2:6], True),
+  }
+
+
+def test_what_a_pretraining_file_does_not_show_is_said(tiny, tmp_path, caplog):
+  file = save(tmp_path / "cav-mae-base-nonorm.pth", recipe())
+  with caplog.at_level("INFO", logger="absl"):
+    config = families.config_of(families.load(file))
+  assert config["model"]["norm_pix"] is True
+  for key in (
+    "norm_pix=True", "masking='unstructured'", "mask_audio=0.75",
+    "mask_video=0.75", "contrast_weight=0.01", "contrast_two_way=False",
+    "group_size=27",
+  ):  # fmt: skip
+    assert f"model.{key}" in caplog.text
+  assert "--list" in caplog.text
+
+
 def test_counts_are_those_of_the_public_files():
   full = {"d": 768, "depth": 11, "decoder": (512, 8)}
   for classes, arrays, numbers in (

@@ -278,19 +278,40 @@ def config_of(weights: Weights) -> dict[str, Any]:
     ) from error
   config = stage(module.get_config(argument), weights.method)
   _resize(config.model, weights)
-  if weights.method == "cavmae_finetune" and config.model.modality == "av":
-    logging.warning(
-      "the file holds both branches and is taken for an audiovisual model; "
-      "CAV-MAE's files of sound alone hold both, too: convert one of these "
-      "with --config=configs/%s.py:modality=a",
-      name,
-    )
+  _say_assumed(name, config)
   if "modality" in config.model:
     config.data.modality = config.model.modality
   if weights.family == "mbt_original":
     _original(config, weights.params)
   config.init_from = ""
   return config_lib.plain(config)
+
+
+# Values of CAV-MAE's pretraining that no array shows.
+UNSHOWN = (
+  *("norm_pix", "masking", "mask_audio", "mask_video", "contrast_weight"),
+  *("contrast_two_way", "temperature", "group_size"),
+)
+
+
+def _say_assumed(name: str, config: Any) -> None:
+  """Logs what was taken from `configs/<name>.py` as no array shows it."""
+  model = config.model
+  if config.method == "cavmae_finetune" and model.modality == "av":
+    logging.warning(
+      "the file holds both branches and is taken for an audiovisual model; "
+      "CAV-MAE's files of sound alone hold both, too: convert one of these "
+      "with --config=configs/%s.py:modality=a",
+      name,
+    )
+  if config.method == "cavmae":
+    logging.info(
+      "the file does not show how it was trained; taken from configs/%s.py: "
+      "%s. python -m avjax.convert --list shows which public files need "
+      "another --config",
+      name,
+      ", ".join(f"model.{key}={model[key]!r}" for key in UNSHOWN),
+    )
 
 
 def stage(config: Any, method: str) -> ConfigDict:

@@ -7,6 +7,7 @@ MAE's README (ImageNet-1K after fine-tuning), table 6 of AV-MAE for ViT.
 """
 
 import dataclasses
+from typing import Any
 
 CAVMAE = "https://github.com/YuanGongND/cav-mae"
 MAE = "https://github.com/facebookresearch/mae"
@@ -24,7 +25,8 @@ class Checkpoint:
     family: name in `avjax.weights.families.FAMILIES`.
     licence: SPDX name or as the project writes it.
     score: as published, with its metric and data; '' = none is published.
-    config: of ours that goes with it, or that it starts.
+    config: of ours that goes with it, with the flags for values that its
+      arrays do not show; or that it starts.
     origin: the project's page, which links the file.
   """
 
@@ -40,6 +42,22 @@ def _cavmae(name: str, score: str, config: str) -> Checkpoint:
   return Checkpoint(name, "cavmae", BSD, score, config, CAVMAE)
 
 
+def _pretrained(
+  name: str, file: str, argument: str, score: str = "", **values: Any
+) -> Checkpoint:
+  """A row of a pretraining file, with the values that its arrays do not show.
+
+  They are those that CAV-MAE's README tells its files apart by.
+  """
+  top = ("batch_size",)
+  flags = [
+    f" --config.{'' if key in top else 'model.'}{key}={value}"
+    for key, value in values.items()
+  ]
+  config = f"{AS}:{argument}{''.join(flags)}"
+  return _cavmae(f"CAV-MAE-{name} ({file})", score, config)
+
+
 def _avmae(name: str, score: str, config: str) -> Checkpoint:
   return Checkpoint(name, "avmae", APACHE, score, config, SCENIC + "av_mae")
 
@@ -52,7 +70,7 @@ def _mbt(name: str, score: str, config: str) -> Checkpoint:
   return Checkpoint(name, "mbt_original", APACHE, score, config, SCENIC + "mbt")
 
 
-AS, VGG = "cavmae_audioset.py", "cavmae_vgg.py"
+AS, BASE = "cavmae_audioset.py", "variant=base"
 AS20K, AS2M = "cavmae_as20k_finetune.py", "cavmae_as2m_finetune.py"
 VGG_FT = "cavmae_vgg_finetune.py"
 # These files hold the unused branch of the picture, too.
@@ -61,15 +79,57 @@ AVMAE_AS, AVMAE_AS_FT = "avmae_audioset.py", "avmae_audioset_finetune.py"
 AVMAE_VGG, AVMAE_VGG_FT = "avmae_vgg.py", "avmae_vgg_finetune.py"
 
 CHECKPOINTS = (
-  _cavmae("CAV-MAE-Scale++ (audio_model.21.pth)", "", AS),
-  _cavmae(
-    "CAV-MAE-Scale+ (audio_model.25.pth)",
-    "zero-shot R@1 AudioSet V→A 18.8, A→V 15.1; VGGSound 14.8, 12.8",
-    AS,
+  _pretrained("Scale++", "audio_model.21.pth", "variant=scale++"),
+  _pretrained(
+    "Scale+",
+    "audio_model.25.pth",
+    "variant=scale+",
+    score="zero-shot R@1 AudioSet V→A 18.8, A→V 15.1; VGGSound 14.8, 12.8",
   ),
-  _cavmae("CAV-MAE-Base (cav-mae-base.pth)", "", AS),
-  _cavmae("CAV-MAE-Base-NoNorm (cav-mae-base-nonorm.pth), inpainting", "", AS),
-  _cavmae("ablations of masking, ratio, λ_c and direction", "", AS),
+  _pretrained("Base", "cav-mae-base.pth", BASE),
+  _pretrained("Base-NoNorm", "cav-mae-base-nonorm.pth", BASE, norm_pix=False),
+  *(
+    _pretrained(
+      f"Base-{name}",
+      f"{file}.pth",
+      BASE,
+      **({"masking": masking} if masking else {}),
+      mask_audio=ratio,
+      mask_video=ratio,
+    )
+    for name, file, masking, ratio in (
+      ("50", "50", "", 0.5),
+      ("65", "65", "", 0.65),
+      ("85", "85", "", 0.85),
+      ("TF", "time_freq_75", "time_frequency", 0.75),
+      ("TF-50", "time_freq_50", "time_frequency", 0.5),
+      ("T", "time_75", "time", 0.75),
+      ("F", "freq_75", "frequency", 0.75),
+    )
+  ),
+  *(
+    _pretrained(
+      f"Base-C{weight}",
+      f"cav-mae-base-c{weight}.pth",
+      BASE,
+      contrast_weight=weight,
+    )
+    for weight in (0.001, 0.1)
+  ),
+  *(
+    _pretrained(
+      f"{name} of batch 120",
+      file,
+      "variant=scale+",
+      group_size=30,
+      contrast_two_way=two_way,
+      batch_size=120,
+    )
+    for name, file, two_way in (
+      ("Scale+", "single_direction.pth", False),
+      ("Symc-Scale+", "symc.pth", True),
+    )
+  ),
   _cavmae("as-full-51.2.pth", "51.2 mAP AS-2M audiovisual", AS2M),
   _cavmae("as-20k-42.0.pth", "42.0 mAP AS-20K audiovisual", AS20K),
   _cavmae("vgg_65.5.pth", "65.5 top-1 VGGSound audiovisual", VGG_FT),
