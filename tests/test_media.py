@@ -31,6 +31,7 @@ def write_file(
   audio=True,
   rotation=0,
   gop=12,
+  aspect=1,
 ):
   """Writes frames at `times` (default 25/s) and a 440 Hz tone."""
   times = np.arange(0, seconds, 1 / 25) if times is None else times
@@ -42,6 +43,7 @@ def write_file(
       stream.options = {"preset": "ultrafast", "crf": "10"}
       stream.codec_context.gop_size = gop
       stream.codec_context.time_base = fractions.Fraction(1, 1_000)
+      stream.codec_context.sample_aspect_ratio = fractions.Fraction(aspect)
       if rotation:
         stream.set_display_rotation(rotation)
     if audio:
@@ -212,6 +214,10 @@ def test_missing_file_is_named(tmp_path):
     (media.Limits(seconds=1.0), "seconds; the limit is 1"),
     (media.Limits(pixels=100), "3072 pixels; the limit is 100"),
     (media.Limits(frames=5), "6 frames; the limit is 5"),
+    (
+      media.Limits(gigabytes=1e-4),
+      "0.00010\\d* gigabytes; the limit is 0.0001",
+    ),
   ],
 )
 def test_limits_are_refused_with_both_numbers(tmp_path, limits, words):
@@ -220,6 +226,29 @@ def test_limits_are_refused_with_both_numbers(tmp_path, limits, words):
     media.read_clip(path, limits=limits)
   if limits.seconds == 1.0:
     assert len(media.read_clip(path, end=0.9, limits=limits).frames) == 12
+
+
+def test_size_in_square_pixels_is_limited(tmp_path):
+  """A small picture may be stretched to a huge one."""
+  path = write_file(tmp_path / "a.mp4", aspect=40, audio=False)
+  limits = media.Limits(pixels=100_000)
+  with pytest.raises(InputError, match="122880 pixels; the limit is 100000"):
+    media.read_clip(path, limits=limits)
+  flat = fractions.Fraction(1, 40)
+  path = write_file(tmp_path / "b.mp4", aspect=flat, audio=False)
+  assert media.read_clip(path).frames.shape == (25, 48, 2, 3)
+  path = write_file(tmp_path / "c.mp4", aspect=2, audio=False)
+  frames = media.read_clip(path, limits=limits).frames
+  assert frames.shape == (25, 48, 128, 3)
+
+
+def test_frames_that_stand_still_are_held_once(tmp_path):
+  """A grid finer than the file repeats frames; each is stored all the same."""
+  path = write_file(tmp_path / "a.mp4", times=[0.0, 1.0], audio=False)
+  limits = media.Limits(gigabytes=20 * 48 * 64 * 3 / 1e9)
+  words = "0.00019\\d* gigabytes; the limit is 0.00018"
+  with pytest.raises(InputError, match=words):
+    media.read_clip(path, frame_rate=25.0, limits=limits)
 
 
 def test_end_must_follow_start(tmp_path):

@@ -53,8 +53,10 @@ class Limits:
   """What one call may decode; more is refused, never cut silently."""
 
   seconds: float = 3_600.0  # of the part that is read
-  pixels: int = 8_192 * 8_192  # of one frame in the file
+  # Of one frame, in the file and stretched to square pixels.
+  pixels: int = 8_192 * 8_192
   frames: int = 100_000  # returned
+  gigabytes: float = 8.0  # of the frames that are held to be returned
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,7 +290,7 @@ class _Frames:
 
   def result(self) -> dict[str, Any]:
     return {
-      "frames": np.stack(self.pictures) if self.pictures else None,
+      "frames": _stack(self.pictures) if self.pictures else None,
       "height": self.height,
       "width": self.width,
       "frame_rate": self.frame_rate,
@@ -309,15 +311,18 @@ class _Frames:
         return
       if self._converted is None:
         self._converted = self._convert(self._last)
+      count = len(self.pictures) + 1
+      self._part.check("frames", count)
+      self._part.check("gigabytes", count * self._converted.nbytes / 1e9)
       self.pictures.append(self._converted)
-      self._part.check("frames", len(self.pictures))
 
   def _convert(self, frame: Any) -> UInt8[np.ndarray, "h w 3"]:
     self._part.check("pixels", frame.width * frame.height)
     turn = _turn(frame)
     if not self.height:
       aspect = float(self.stream.sample_aspect_ratio or 1)
-      width = round(frame.width * aspect)
+      width = max(round(frame.width * aspect), 1)
+      self._part.check("pixels", width * frame.height)
       size = (width, frame.height) if turn[0] else (frame.height, width)
       self.height, self.width = size
     scale = self._short_side / min(self.height, self.width)
@@ -328,6 +333,15 @@ class _Frames:
       width=width, height=height, format="rgb24", interpolation="AREA"
     ).to_ndarray()
     return _upright(picture, turn)
+
+
+def _stack(pictures: list[np.ndarray]) -> UInt8[np.ndarray, "t h w 3"]:
+  """np.stack that empties its list, so that no two copies are held."""
+  pictures.reverse()
+  frames = np.empty((len(pictures), *pictures[0].shape), np.uint8)
+  for frame in frames:
+    frame[:] = pictures.pop()
+  return frames
 
 
 def _turn(frame: Any) -> tuple[bool, bool, bool]:
