@@ -200,6 +200,7 @@ def benchmark(config: Any, batch_size: int = 0, repeats: int = 5) -> list[Row]:
   """All rows for one stage's config; clips of noise where no data is built."""
   from avjax import experiment
 
+  config = with_groups(config, batch_size)
   batch_size = batch_size or config.batch_size
   with contextlib.ExitStack() as stack:
     config = with_data(config, batch_size, stack)
@@ -208,6 +209,25 @@ def benchmark(config: Any, batch_size: int = 0, repeats: int = 5) -> list[Row]:
     rows.append(bench_pipeline(config, batch_size, repeats))
     rows.append(bench_together(setup, batch_size, repeats, step))
   return rows
+
+
+def with_groups(config: Any, batch_size: int) -> Any:
+  """The config, ready for this batch (0: its own).
+
+  Where `model.group_size` does not divide it, the group is the whole batch;
+  a printed line says so.
+  """
+  group = config.model.get("group_size", 0)
+  if not (batch_size and group and batch_size % group):
+    return config
+  print(
+    f"model.group_size={group} does not divide --batch_size={batch_size}: "
+    "measured with 0, the whole batch"
+  )
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    config.model.group_size = 0
+  return config
 
 
 def with_data(config: Any, batch_size: int, stack: contextlib.ExitStack) -> Any:
