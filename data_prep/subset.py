@@ -80,8 +80,8 @@ def read_list(path: pathlib.Path) -> list[str]:
   Args:
     path: JSON, a list of texts or of objects with `video_id` (or `id`), also
       under `data`; or a table whose first column are ids, or videos if the
-      second one is a whole number, the start in seconds (a header is passed
-      over).
+      second one is a whole number, the start in seconds (a header and lines
+      that begin with '#' are passed over).
 
   Raises:
     InputError: the file is neither, or empty.
@@ -90,7 +90,9 @@ def read_list(path: pathlib.Path) -> list[str]:
   if text.lstrip()[:1] in ("{", "["):
     ids = _json_ids(path, tables.parse_json(text, path))
   else:
-    rows = csv.reader(text.splitlines(), skipinitialspace=True)
+    # No id begins with '#'. AudioSet's tables have such lines for a header.
+    lines = [n for n in text.splitlines() if not n.lstrip().startswith("#")]
+    rows = csv.reader(lines, skipinitialspace=True)
     ids = [_table_id(row) for row in rows if row and row[0].strip()]
     if ids[:1] and ids[0].casefold() in _HEADERS:
       del ids[0]
@@ -122,7 +124,8 @@ def look_up(wanted: Iterable[str], built: Iterable[str]) -> dict[str, str]:
   """Their id -> the built clip's id.
 
   An id fits as it is, with another number of digits in its start time, as the
-  name of a file (VIDEO_START.mp4), or as a video of which one clip is built.
+  name of a file (VIDEO_START.mp4), as a video of which one clip is built, or
+  without its start where built ids are videos (AudioSet).
   """
   exact = {name: name for name in built}
   timed = {_key(name): name for name in exact}
@@ -134,6 +137,7 @@ def look_up(wanted: Iterable[str], built: Iterable[str]) -> dict[str, str]:
     stem = os.path.splitext(name)[0]
     alone = videos.get(name, ())
     match = exact.get(name) or timed.get(_key(name)) or timed.get(_key(stem))
+    match = match or exact.get(_key(name)[0]) or exact.get(_key(stem)[0])
     if match or len(alone) == 1:
       found[name] = match or alone[0]
   return found

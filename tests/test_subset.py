@@ -50,6 +50,8 @@ def test_rare_classes_choose_first():
     ("c.txt", "\ufeff-a_30\r\nb\r\n\r\n"),
     ("d.csv", "video_id,label\n-a_30,dog\nb,cat\n"),
     ("e.csv", "YTID, start\n-a, 30\nb\n"),
+    ("f.csv", "# Segments csv\n# num_ytids=2\n# YTID, start\n-a, 30\nb\n"),
+    ("g.txt", "#made by hand, 2\n-a_30\n # the rest\nb\n"),
   ],
 )
 def test_lists_of_many_forms(name, text, tmp_path):
@@ -81,6 +83,19 @@ def test_ids_fit_however_they_are_written():
     "c_d": "c_d",
     "eee": "eee_000010",
   }
+
+
+def test_starts_are_left_away_where_ids_are_videos(tmp_path):
+  """AudioSet's ids; its tables have whole or broken starts, and a label."""
+  path = tmp_path / "list.csv"
+  text = '# YTID, start, end, labels\n-a_b, 30, 40, "/m/09x0r"\nc_7, 0, 10\n'
+  path.write_text(text + "d, 5.000, 15.000\ne, 5.500, 15.500\nf, 30, 40\n")
+  built = ["-a_b", "c_7", "d", "e", "f_000030", "f_000040", "c_7_000100"]
+  wanted = subset.read_list(path)
+  found = subset.look_up(wanted, built)
+  assert list(found.values()) == ["-a_b", "c_7", "d", "e", "f_000030"]
+  # Another part of the video is another clip.
+  assert subset.look_up(["f_50", "c_7_200"], built[4:]) == {}
 
 
 def test_command_writes_what_the_evaluator_reads(demo_data, tmp_path):
