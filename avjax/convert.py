@@ -20,7 +20,6 @@ cut or interpolated, never its rows (`avjax.weights.transfer.time_axis`).
 
 import dataclasses
 import functools
-import importlib.resources
 import json
 import os
 import pathlib
@@ -317,26 +316,18 @@ def _write_classes(run: Workdir, plain: Mapping[str, Any], family: str) -> None:
   """Class names in the order of the logits, where these are known."""
   if "classes" not in plain["model"]:
     return
-  if family.startswith("mbt"):
+  if families.orderless(family):
     logging.warning("the released MBT weights do not say their classes' order")
     return
-  data = config_lib.from_plain(plain).data
+  config = config_lib.from_plain(plain)
+  data = config.data
   try:
     names = {h: list(pipeline.class_names(data, h)) for h in data.heads}
   except InputError as error:
     logging.info("%s", error)
-    names = _published_classes(data)
+    names = families.class_names(family, config)
   if names:
     _write_json(run.classes, names)
-
-
-def _published_classes(data: Any) -> dict[str, list[str]]:
-  """Those that come with the package, for a data set that is not built."""
-  folder = importlib.resources.files("avjax.data") / "classes"
-  file = folder / f"{data.name}.json"
-  if not file.is_file() or tuple(data.heads) != ("label",):
-    return {}
-  return {"label": json.loads(file.read_text())["names"]}
 
 
 def public_arrays(

@@ -26,13 +26,15 @@ class Source:
   """Parameters under the house's names and the config they came from.
 
   An image model's (MAE, ViT) are an image tree (`avjax.weights.image`) and its
-  config is `image.CONFIG`: it can start a model but is none.
+  config is `image.CONFIG`: it can start a model but is none. `family` is that
+  of a file, see `avjax.weights.families.FAMILIES`.
   """
 
   params: Any
   config: dict[str, Any]
   step: int
   path: pathlib.Path
+  family: str = families.HOUSE
 
 
 def parse(text: str) -> dict[str, str]:
@@ -89,7 +91,7 @@ def from_file(
     config = image.CONFIG
   elif complete:
     config = families.config_of(weights)
-  return Source(weights.params, config, 0, file)
+  return Source(weights.params, config, 0, file, weights.family)
 
 
 def locate(path: str | pathlib.Path) -> tuple[Workdir, int | None]:

@@ -302,6 +302,42 @@ def test_files_are_no_runs(tmp_path):
     initialise.read(tmp_path / "x.npz")
 
 
+def test_public_file_is_a_model_with_names_of_classes(tiny, tmp_path):
+  """The data set need not be there: its list comes with the package."""
+  state = recipe(309)
+  state["mlp_head.1.bias"] = np.arange(309, dtype=np.float32)
+  model = avjax.load(save(tmp_path / "vgg_65.5.pth", state))
+  names = model.class_names["label"]
+  data = importlib.resources.files("avjax.data") / "classes" / "vggsound.json"
+  order = json.loads(data.read_text())["cavmae"]
+  assert len(names) == 309 and names == sorted(names)
+  bias = np.asarray(model.params["classifier"]["out"]["bias"])
+  for theirs in range(309):
+    assert bias[order[theirs]] == theirs
+  # Some of CAV-MAE's list, which follows VGGSound's stat.csv.
+  for theirs, name in (
+    (0, "female speech, woman speaking"), (6, "ambulance siren"),
+    (55, "playing theremin"), (308, "air horn"),
+  ):  # fmt: skip
+    assert names[bias.tolist().index(theirs)] == name
+  assert model.config.model.classes.label == 309
+  ours = tmp_path / "ours.safetensors"
+  convert.convert(tmp_path / "vgg_65.5.pth", ours)
+  assert avjax.load(ours).class_names == model.class_names
+
+
+def test_names_of_classes_are_not_guessed():
+  config = finetuning(classes=309, name="vggsound")
+  assert len(families.class_names("cavmae", config)["label"]) == 309
+  assert families.class_names("mbt_original", config) == {}
+  with config.unlocked():
+    config.model.classes = {"label": 7}
+  assert families.class_names("cavmae", config) == {}
+  with config.unlocked():
+    config.data.name = "av_demo"
+  assert families.class_names("cavmae", config) == {}
+
+
 def test_converted_folder_can_be_evaluated_and_loaded(demo_data, tmp_path):
   config = runs.stage("avmae_vgg_finetune", "demo", data__dir=demo_data)
   config.model.update(mlp=128, patch_audio=(16, 16))

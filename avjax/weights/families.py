@@ -212,13 +212,40 @@ def class_order(params: Any, *, to_house: bool) -> Any:
   is one and the same.
   """
   out = params.get("classifier", {}).get("out")
-  data = importlib.resources.files("avjax.data") / "classes" / "vggsound.json"
-  order = np.asarray(json.loads(data.read_text())["cavmae"])
+  order = np.asarray(_class_list("vggsound")["cavmae"])
   if out is None or out["bias"].shape != order.shape:
     return params
   index = np.argsort(order) if to_house else order
   out = {name: np.asarray(x)[..., index] for name, x in out.items()}
   return {**params, "classifier": {**params["classifier"], "out": out}}
+
+
+def class_names(family: str, config: Any) -> dict[str, list[str]]:
+  """Names in the order of a classifier's logits, by head, without the data.
+
+  They are the lists of `avjax/data/classes`: {} where there is none for
+  `config.data.name`, where it has another number of classes, or where the
+  order is not known, as for the released MBT weights.
+  """
+  wanted = config.model.get("classes")
+  file = _class_list(config.data.name)
+  if not wanted or not file or tuple(config.data.heads) != ("label",):
+    return {}
+  if orderless(family) or wanted.get("label") != len(file["names"]):
+    return {}
+  return {"label": file["names"]}
+
+
+def orderless(family: str) -> bool:
+  """Whether a family's public files do not say their classes' order."""
+  return family.startswith("mbt")
+
+
+def _class_list(data: str) -> dict[str, Any]:
+  """The package's list of a data set's classes; {} = there is none."""
+  folder = importlib.resources.files("avjax.data") / "classes"
+  file = folder / f"{data}.json"
+  return json.loads(file.read_text()) if file.is_file() else {}
 
 
 # --- Our own files -----------------------------------------------------------
