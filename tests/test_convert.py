@@ -314,11 +314,8 @@ def test_public_file_is_a_model_with_names_of_classes(tiny, tmp_path):
   bias = np.asarray(model.params["classifier"]["out"]["bias"])
   for theirs in range(309):
     assert bias[order[theirs]] == theirs
-  # Some of CAV-MAE's list, which follows VGGSound's stat.csv.
-  for theirs, name in (
-    (0, "female speech, woman speaking"), (6, "ambulance siren"),
-    (55, "playing theremin"), (308, "air horn"),
-  ):  # fmt: skip
+  # The ends of CAV-MAE's class_labels_indices_vgg.csv.
+  for theirs, name in ((0, "ambulance siren"), (308, "air horn")):
     assert names[bias.tolist().index(theirs)] == name
   assert model.config.model.classes.label == 309
   ours = tmp_path / "ours.safetensors"
