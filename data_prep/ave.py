@@ -9,16 +9,6 @@ import tensorflow_datasets as tfds
 from data_prep import builder, media_files, tables
 
 SECONDS = 10
-# In the order in which the authors' Annotations.txt lists them.
-CATEGORIES = (
-  "Church bell", "Male speech, man speaking", "Bark",
-  "Fixed-wing aircraft, airplane", "Race car, auto racing",
-  "Female speech, woman speaking", "Helicopter", "Violin, fiddle", "Flute",
-  "Ukulele", "Frying (food)", "Truck", "Shofar", "Motorcycle",
-  "Acoustic guitar", "Train horn", "Clock", "Banjo", "Goat",
-  "Baby cry, infant cry", "Bus", "Chainsaw", "Cat", "Horse", "Toilet flush",
-  "Rodents, rats, mice", "Accordion", "Mandolin",
-)  # fmt: skip
 BACKGROUND = "background"
 SPLITS = {
   "train": ["trainSet.txt"],
@@ -45,7 +35,7 @@ class Ave(builder.ClipBuilder):
 
   def classes(self) -> dict[str, tuple[str, ...]]:
     """28 events and, last, background."""
-    return {"segment": (*CATEGORIES, BACKGROUND)}
+    return {"segment": (*tables.class_list("ave")["names"], BACKGROUND)}
 
   def rows(self) -> dict[str, list[builder.Row]]:
     """Rows by split, in the order of the lists.
@@ -82,7 +72,7 @@ def _lines(path: pathlib.Path) -> Iterator[tables.Line]:
 
 
 def _row(line: tables.Line, name: str, file: str) -> builder.Row:
-  category = line.known("Category", CATEGORIES)
+  category = line.known("Category", tables.class_list("ave")["names"])
   line.text("VideoID")
   start, end = line.integer("StartTime"), line.integer("EndTime")
   if not start <= end <= SECONDS:

@@ -184,6 +184,10 @@ def test_published_lists_of_classes():
   assert len(set(events["names"])) == len(set(events["mids"])) == 527
   assert (events["names"][0], events["mids"][0]) == ("Speech", "/m/09x0r")
   assert events["names"][526] == "Field recording"
+  seconds = tables.class_list("ave")
+  assert len(set(seconds["names"])) == 28 and "ECCV 2018" in seconds["source"]
+  assert seconds["names"][0] == "Church bell"
+  assert seconds["names"][27] == "Mandolin"
 
 
 # --- AudioSet ---
