@@ -41,14 +41,20 @@ class AudioCaps(builder.ClipBuilder):
 
 
 def _rows(path: pathlib.Path, media: pathlib.Path) -> list[builder.Row]:
-  """Rows of one clip lie anywhere in the file; their order is kept."""
-  # (id, start) -> audiocap_id -> caption; a row that is there twice says
-  # nothing new.
+  """Rows of one clip lie anywhere in the file; their order is kept.
+
+  For each row whose audiocap_id its clip has already, the clip comes once more,
+  to be counted as a duplicate.
+  """
+  # (id, start) -> audiocap_id -> caption
   clips: dict[tuple[str, float], dict[str, str]] = {}
+  again: Counter[tuple[str, float]] = Counter()
   for line in tables.read_csv(path, COLUMNS):
     key = (youtube.video_id(line, "youtube_id"), line.real("start_time"))
     captions = clips.setdefault(key, {})
-    captions.setdefault(line.text("audiocap_id"), line.text("caption"))
+    number, caption = line.text("audiocap_id"), line.text("caption")
+    again[key] += number in captions
+    captions.setdefault(number, caption)
   excerpts = [
     media_files.Excerpt(video, start, start + SECONDS) for video, start in clips
   ]
@@ -63,13 +69,12 @@ def _rows(path: pathlib.Path, media: pathlib.Path) -> list[builder.Row]:
     parts, clips.items(), strict=True
   ):
     text = youtube.seconds_text(start)
-    rows.append(
-      builder.Row(
-        video if starts[video] == 1 else f"{video}_{text}",
-        **dataclasses.asdict(part),
-        captions=tuple(captions.values()),
-      )
+    row = builder.Row(
+      video if starts[video] == 1 else f"{video}_{text}",
+      **dataclasses.asdict(part),
+      captions=tuple(captions.values()),
     )
+    rows += [row] * (1 + again[video, start])
   return rows
 
 

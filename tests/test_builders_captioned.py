@@ -175,6 +175,7 @@ def test_audiocaps(media, audiocaps_tables, tmp_path):
     "built": ["-AAAAAAAAAA", "BBBBBBBBBBB", "_CCCCCCCCCC", "DDDDDDDDDDD"],
     "corrupt": ["EEEEEEEEEEE"],
     "missing file": ["FFFFFFFFFFF"],
+    "duplicate": ["_CCCCCCCCCC"],  # its row is there twice, its caption once
   }
   built = clips(place, "train")
   # The files are parts, by their lengths or names: they are not cut.
@@ -219,6 +220,18 @@ def test_audiocaps_video_with_two_starts(media, tmp_path):
     ("BBBBBBBBBBB_130", "BBBBBBBBBBB_130.mp4", ("a", "c")),
     ("BBBBBBBBBBB_7.5", "BBBBBBBBBBB_000007.mp4", ("b",)),
   ]
+
+
+def test_audiocaps_rows_that_are_there_again_are_counted(media, tmp_path):
+  text = "1,GGGGGGGGGGG,0,a\n2,GGGGGGGGGGG,0,a\n" + 2 * "1,GGGGGGGGGGG,0,a\n"
+  (tmp_path / "val.csv").write_text(HEADER + text)
+  place = make(
+    audiocaps.AudioCaps, media / "audiocaps", tmp_path / "o", tmp_path
+  )
+  found = report(place, "validation")
+  assert found == {"built": ["GGGGGGGGGGG"], "duplicate": ["GGGGGGGGGGG"] * 2}
+  # Two people may say the same of a clip.
+  assert captions(clips(place, "validation")["GGGGGGGGGGG"]) == ["a", "a"]
 
 
 # ------------------------------------------------------------------ Clotho
