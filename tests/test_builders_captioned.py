@@ -218,7 +218,7 @@ def test_audiocaps_video_with_two_starts(media, tmp_path):
   ).rows()
   assert [(r.id, r.file, r.captions) for r in rows["validation"]] == [
     ("BBBBBBBBBBB_130", "BBBBBBBBBBB_130.mp4", ("a", "c")),
-    ("BBBBBBBBBBB_7.5", "BBBBBBBBBBB_000007.mp4", ("b",)),
+    ("BBBBBBBBBBB_7.5", "BBBBBBBBBBB_7.5.mp4", ("b",)),
   ]
 
 
