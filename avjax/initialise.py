@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from avjax import experiment, optim
+from avjax import experiment, optim, parallel
 from avjax.checkpoint import restore_params
 from avjax.errors import InputError
 from avjax.methods.base import Loaded, Method
@@ -134,7 +134,7 @@ def from_weights(
   config = setup.config
   named = parse(config.init_from).items()
   parts = {m: read(path, complete=False) for m, path in named}
-  target = jax.device_get(experiment.stored(config, state["params"]))
+  target = parallel.to_host(experiment.stored(config, state["params"]))
   loaded = adapt(setup.method, target, parts)
   if not loaded.loaded:
     raise InputError(

@@ -1,6 +1,10 @@
 """Where a run starts from."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -47,3 +51,71 @@ def test_streams_start_from_a_run_each(demo_data, tmp_path):
   report = json.loads((tmp_path / "both" / "loading.json").read_text())
   assert "head/kernel" in report["missing"]
   assert any(path.startswith("audio/decoder") for path in report["unused"])
+
+
+TWO_PROCESSES = """
+import sys
+from types import SimpleNamespace
+import jax
+import numpy as np
+process, port, directory = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize("127.0.0.1:" + port, 2, process)
+from avjax import config, initialise, parallel
+from avjax.methods.base import Method
+from avjax.weights import families, formats
+from avjax.workdir import workdir
+
+class Plain:
+  adapt = Method.adapt
+  config = {"method": "plain"}
+
+settings = config.base_config()
+settings.init_from = f"{directory}/{process}.safetensors"
+wanted = np.arange(32, dtype=np.float32).reshape(8, 4)
+formats.write(settings.init_from, *families.house_arrays(
+  {"a": {"kernel": wanted}}, {}, {"method": "plain"}, families.HOUSE))
+settings.mesh.update(data=1, fsdp=-1)
+mesh = parallel.make_mesh(settings.mesh)
+initial = {name: {"kernel": np.full((8, 4), 5, np.float32)} for name in "ab"}
+shardings = parallel.shardings(initial, mesh)
+assert not shardings["a"]["kernel"].is_fully_addressable
+make = jax.jit(lambda: initial, out_shardings=shardings)
+shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(
+  x.shape, x.dtype, sharding=x.sharding), make())
+setup = SimpleNamespace(
+  config=settings, method=Plain(), state_shapes={"params": shapes})
+state = initialise.from_weights(setup, {"params": make()}, workdir(directory))
+for name, value in (("a", wanted), ("b", initial["b"]["kernel"])):
+  kernel = state["params"][name]["kernel"]
+  assert kernel.sharding == shapes[name]["kernel"].sharding
+  for shard in kernel.addressable_shards:
+    assert shard.data.shape == (2, 4)
+    np.testing.assert_array_equal(shard.data, value[shard.index])
+"""
+
+
+def test_two_processes_start_parameters_that_each_holds_a_part_of(tmp_path):
+  with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    port = str(probe.getsockname()[1])
+  flags = "--xla_force_host_platform_device_count=2"
+  children = [
+    subprocess.Popen(
+      [sys.executable, "-c", TWO_PROCESSES, str(i), port, str(tmp_path)],
+      cwd=runs.ROOT,
+      env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(2)
+  ]
+  try:
+    errors = [child.communicate(timeout=120)[1] for child in children]
+  finally:
+    for child in children:
+      child.kill()
+  for child, error in zip(children, errors, strict=True):
+    assert child.returncode == 0, error[-3000:]
+  report = json.loads((tmp_path / "loading.json").read_text())
+  assert report["missing"] == ["b/kernel"]

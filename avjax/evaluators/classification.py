@@ -22,10 +22,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from einops import rearrange
-from jax.experimental import multihost_utils
 from jaxtyping import Array, Float
 
-from avjax import losses, metrics
+from avjax import losses, metrics, parallel
 from avjax.errors import InputError, lookup
 from avjax.evaluators.base import Context, Evaluator
 from avjax.methods.base import Params
@@ -93,10 +92,10 @@ class Classification(Evaluator):
     for batch, _ in self.context.batches(self.section):
       result = self._step(params, batch)
       if pending is not None:
-        yield to_host(pending)
+        yield parallel.to_host(pending)
       pending = result
     if pending is not None:
-      yield to_host(pending)
+      yield parallel.to_host(pending)
 
   def _scores(
     self, params: Params, batch: Mapping[str, jax.Array]
@@ -191,13 +190,6 @@ def fold_views(
     else jnp.repeat(value, views, axis=0)
     for name, value in batch.items()
   }, views
-
-
-def to_host(tree: Any) -> Any:
-  """Whole arrays as numpy, also where processes hold parts of them."""
-  if jax.process_count() > 1:
-    return multihost_utils.process_allgather(tree, tiled=True)
-  return jax.device_get(tree)
 
 
 def _labels(

@@ -12,10 +12,11 @@ from absl import logging
 from einops import rearrange
 from jaxtyping import Bool, Float, Int
 
+from avjax import parallel
 from avjax.data import augment, records
 from avjax.errors import InputError, lookup
 from avjax.evaluators.base import Context
-from avjax.evaluators.classification import fold_views, to_host
+from avjax.evaluators.classification import fold_views
 from avjax.methods.base import Params
 
 SAY_EVERY = 30.0  # seconds
@@ -150,7 +151,7 @@ def _rows(
   result: Mapping[str, jax.Array], chosen: np.ndarray | None
 ) -> dict[str, np.ndarray]:
   """Host rows of the clips that count."""
-  rows = dict(to_host(result))
+  rows = dict(parallel.to_host(result))
   rows["number"] = rows["number"].astype(np.int64)
   kept = rows.pop("valid")
   if chosen is not None:

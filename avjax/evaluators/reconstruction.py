@@ -13,10 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from avjax import metrics, plots
+from avjax import metrics, parallel, plots
 from avjax.errors import InputError
 from avjax.evaluators.base import Context, Evaluator
-from avjax.evaluators.classification import fold_views, to_host
+from avjax.evaluators.classification import fold_views
 from avjax.methods.base import Params
 
 COLUMNS = 8  # frames of a clip shown, at most
@@ -67,8 +67,8 @@ class Reconstruction(Evaluator):
     drawn = 0
     for batch, _ in self.context.batches(self.section):
       pairs, clips = self._step(params, batch)
-      pairs = to_host(pairs)
-      clips = to_host(clips) if drawn < self.count else {}
+      pairs = parallel.to_host(pairs)
+      clips = parallel.to_host(clips) if drawn < self.count else {}
       drawn += int(np.sum(clips.get("valid", 0)))
       yield pairs, clips
 
