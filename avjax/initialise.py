@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import pathlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -19,6 +20,8 @@ from avjax.errors import InputError
 from avjax.methods.base import Loaded, Method
 from avjax.weights import families, image, transfer
 from avjax.workdir import Workdir, workdir
+
+STAGES = "stages.json"  # in a staged run's folder: the names in order
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,8 +65,8 @@ def read(path: str | pathlib.Path, *, complete: bool = True) -> Source:
   """Parameters of a file of weights, or the newest verified ones of a run.
 
   Args:
-    path: a workdir (a staged one: its first stage that pretrains is not
-      guessed, the last finished stage is taken), a stage's folder, a
+    path: a workdir (of a staged one the last stage that has checkpoints is
+      taken, in the stages' order), a stage's folder, a
       `checkpoints` folder or one step in it; or a file of
       `avjax.weights.formats.read`, whose config is the one that goes with it.
     complete: False does not look for a public file's config: `config` is its
@@ -119,8 +122,32 @@ def locate(path: str | pathlib.Path) -> tuple[Workdir, int | None]:
       f"{path} is neither a run nor a checkpoint: there is no {run.config} "
       "and no stage with checkpoints below it"
     )
-  newest = max(inner, key=lambda p: workdir(p).config.stat().st_mtime)
-  return workdir(newest), None
+  order = read_stages(run)
+
+  def rank(stage: pathlib.Path) -> tuple[int, float]:
+    # Folders of earlier versions do not tell the order: the newest then.
+    place = order.index(stage.name) if stage.name in order else -1
+    return place, workdir(stage).config.stat().st_mtime
+
+  return workdir(max(inner, key=rank)), None
+
+
+def read_stages(run: Workdir) -> list[str]:
+  """The stages of a staged run in their order; [] where none is noted."""
+  path = run.root / STAGES
+  return json.loads(path.read_text()) if path.exists() else []
+
+
+def note_stages(run: Workdir, names: Sequence[str]) -> None:
+  """Notes the order of stages, behind those that were trained before."""
+  before = read_stages(run)
+  after = [name for name in names if name not in before]
+  order = list(names) if set(before) <= set(names) else before + after
+  if order != before:
+    run.root.mkdir(parents=True, exist_ok=True)
+    temporary = (run.root / STAGES).with_suffix(".tmp")
+    temporary.write_text(json.dumps(order) + "\n")
+    temporary.replace(run.root / STAGES)
 
 
 def from_weights(

@@ -53,6 +53,8 @@ def train_and_evaluate(config: Any, path: Any) -> dict[str, float]:
   if not config.stages:
     return train_stage(config, run)
   scores, previous = {}, None
+  if jax.process_index() == 0:
+    initialise.note_stages(run, config.stages)
   for name in config.stages:
     logging.info("stage %s in %s", name, run.stage(name).root)
     stage = config[name].copy_and_resolve_references()
@@ -107,9 +109,11 @@ def check_config(config: Any, run: Workdir) -> None:
         f"{'; '.join(rows)}"
       )
   if jax.process_index() == 0:
-    temporary = run.config.with_suffix(".tmp")
-    temporary.write_text(json.dumps(new, indent=2) + "\n")
-    temporary.replace(run.config)
+    text = json.dumps(new, indent=2) + "\n"
+    if not run.config.exists() or run.config.read_text() != text:
+      temporary = run.config.with_suffix(".tmp")
+      temporary.write_text(text)
+      temporary.replace(run.config)
     names = {h: pipeline.class_names(config.data, h) for h in config.data.heads}
     run.classes.write_text(json.dumps(names, indent=2) + "\n")
 

@@ -1,5 +1,6 @@
 """Where a run starts from."""
 
+import importlib
 import json
 import os
 import socket
@@ -12,6 +13,7 @@ import pytest
 from avjax import initialise, train
 from avjax.checkpoint import restore_params
 from avjax.errors import InputError
+from avjax.workdir import workdir
 from tests import runs
 
 
@@ -51,6 +53,67 @@ def test_streams_start_from_a_run_each(demo_data, tmp_path):
   report = json.loads((tmp_path / "both" / "loading.json").read_text())
   assert "head/kernel" in report["missing"]
   assert any(path.startswith("audio/decoder") for path in report["unused"])
+
+
+def fake_stage(config, run):
+  """What a stage leaves that tells it has been trained."""
+  (run.checkpoints / "1").mkdir(parents=True, exist_ok=True)
+  run.config.write_text("{}")
+  return {}
+
+
+@pytest.fixture
+def staged(tmp_path, monkeypatch):
+  """Trains the named stages of a staged run, at no cost; its folder."""
+  monkeypatch.setattr(train, "train_stage", fake_stage)
+  monkeypatch.setattr(train.report, "write_staged", lambda *_: None)
+
+  def run(*names):
+    config = importlib.import_module("configs.cavmae_vgg").get_config("demo")
+    config.stages = names
+    config.finetune.init_from = "elsewhere"
+    train.train_and_evaluate(config, tmp_path / "run")
+    return tmp_path / "run"
+
+  return run
+
+
+def test_last_stage_is_the_last_in_order_not_in_time(staged):
+  folder = staged("pretrain", "finetune")
+  os.utime(folder / "finetune" / "config.json", (1, 1))
+  os.utime(folder / "pretrain" / "config.json", (2, 2))
+  assert initialise.locate(folder)[0].root.name == "finetune"
+  staged("pretrain")
+  assert initialise.locate(folder)[0].root.name == "finetune"
+  (folder / "finetune" / "checkpoints" / "1").rmdir()
+  assert initialise.locate(folder)[0].root.name == "pretrain"
+
+
+def test_stages_that_are_trained_one_by_one_are_in_order(staged):
+  staged("pretrain")
+  folder = staged("finetune")
+  os.utime(folder / "finetune" / "config.json", (1, 1))
+  assert initialise.locate(folder)[0].root.name == "finetune"
+
+
+def test_folders_without_an_order_are_compared_in_time(staged):
+  folder = staged("pretrain", "finetune")
+  (folder / "stages.json").unlink()
+  os.utime(folder / "finetune" / "config.json", (1, 1))
+  assert initialise.locate(folder)[0].root.name == "pretrain"
+
+
+def test_unchanged_config_is_not_written_again(tmp_path):
+  config = runs.plain(runs.stage("cavmae_audioset"))
+  run = workdir(tmp_path)
+  train.check_config(config, run)
+  os.utime(run.config, (1, 1))
+  train.check_config(config, run)
+  assert run.config.stat().st_mtime == 1
+  with config.unlocked():
+    config.log_every += 1
+  train.check_config(config, run)
+  assert run.read_config()["log_every"] == config.log_every
 
 
 TWO_PROCESSES = """
