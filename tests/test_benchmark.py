@@ -37,10 +37,7 @@ def test_a_small_batch_of_a_config_with_groups_is_measured(
     benchmark, "bench_together", lambda *_: benchmark.Row("both", 1.0)
   )
   config = runs.stage(
-    "cavmae_audioset",
-    data__dir=demo_data,
-    model__group_size=27,
-    schedule__warmup_epochs=0.0,
+    "cavmae_audioset", data__dir=demo_data, model__group_size=27
   )
   rows = benchmark.benchmark(runs.plain(config), batch_size=4, repeats=1)
   assert all(row.clips_per_s > 0 for row in rows)
