@@ -1,10 +1,12 @@
 """Makes the evaluators of a run; re-evaluates a finished or running one.
 
 python -m avjax.evaluate --workdir=DIR
+python -m avjax.evaluate --workdir=DIR --set=evals.retrieval.subset=FILE.csv
 """
 
+import ast
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +23,7 @@ from avjax import (
 from avjax import config as config_lib
 from avjax.checkpoint import restore_params
 from avjax.data import pipeline
-from avjax.errors import unknown
+from avjax.errors import InputError, unknown
 from avjax.evaluators.base import Context, Evaluator
 from avjax.experiment import Experiment
 from avjax.workdir import Workdir
@@ -69,8 +71,70 @@ def batches(
     stream.close()
 
 
+def with_settings(config: Any, settings: Sequence[str]) -> dict[str, Any]:
+  """Changes how a run is evaluated, in place.
+
+  Args:
+    config: of a run.
+    settings: `key=value`; keys under `evals.` and `data.files.`, and
+      `data.dir`. Names in a tuple are separated by commas.
+
+  Returns:
+    Key -> value of what was set.
+
+  Raises:
+    InputError: another key (the nearest is named), one given twice, or a
+      value that is not of the key's type.
+  """
+  known = {"data.dir": config.data.dir}
+  known |= {f"data.files.{k}": v for k, v in config.data.files.items()}
+  for name, section in config.evals.items():
+    # Also what came later than the run.
+    filled = {**config_lib.eval_section(section.type), **section}
+    known |= {f"evals.{name}.{k}": v for k, v in filled.items() if k != "type"}
+  found: dict[str, Any] = {}
+  for setting in settings:
+    key, _, text = setting.partition("=")
+    if key not in known:
+      raise unknown("key of --set", key, known)
+    if key in found:
+      raise InputError(f"--set={key} is given twice")
+    found[key] = _value(key, text, known[key])
+  with config.unlocked():
+    for key, value in found.items():
+      *path, last = key.split(".")
+      section = config
+      for part in path:
+        section = section[part]
+      section[last] = value
+  return found
+
+
+def _value(key: str, text: str, old: Any) -> Any:
+  """The text as a value of the old one's type."""
+  kind = type(old)
+  try:
+    if kind is str:
+      return text
+    if kind is bool:
+      return {"true": True, "false": False}[text.lower()]
+    if kind is not tuple:
+      return kind(text)
+    if text.startswith("("):
+      return tuple(ast.literal_eval(text))
+    return tuple(filter(None, text.split(",")))
+  except (KeyError, ValueError, SyntaxError) as error:
+    raise InputError(
+      f"--set={key}={text}: {text!r} is not {kind.__name__}, as {old!r} is"
+    ) from error
+
+
 def evaluate(
-  path: Any, *, step: int | None = None, only: str = ""
+  path: Any,
+  *,
+  step: int | None = None,
+  only: str = "",
+  settings: Sequence[str] = (),
 ) -> dict[str, float]:
   """Runs the evaluations of a run's config on one of its checkpoints.
 
@@ -79,17 +143,20 @@ def evaluate(
       checkpoint.
     step: which checkpoint; None = the newest verified one.
     only: name of one evaluation; '' = all.
+    settings: `key=value` instead of the config's, see `with_settings`.
 
   Returns:
-    `<eval>/<metric>` -> score; also written to evaluation.json.
+    `<eval>/<metric>` -> score; also written to evaluation.json, with the
+    settings.
 
   Raises:
-    InputError: no such run, step or evaluation.
+    InputError: no such run, step or evaluation; a bad setting.
   """
   run, named = initialise.locate(path)
   config = config_lib.from_plain(run.read_config())
   if only and only not in config.evals:
     raise unknown("evaluation", only, config.evals)
+  changed = with_settings(config, settings)
   setup = experiment.build(config)
   # Parameters alone: converted weights have no more than these.
   step = named if step is None else step
@@ -104,7 +171,7 @@ def evaluate(
       scores |= {f"{name}/{key}": float(v) for key, v in values.items()}
   writer.close()
   if jax.process_index() == 0:
-    record = {"step": step, "scores": scores}
+    record = {"step": step, "set": changed, "scores": scores}
     (run.root / "evaluation.json").write_text(json.dumps(record, indent=2))
   logging.info("step %d of %s: %s", step, run.root, report.in_words(scores))
   return scores
@@ -115,7 +182,12 @@ def main(argv: list[str]) -> None:
   del argv
   logging.set_verbosity(logging.INFO)
   values = flags.FLAGS
-  scores = evaluate(values.workdir, step=values.step, only=values.only)
+  scores = evaluate(
+    values.workdir,
+    step=values.step,
+    only=values.only,
+    settings=values["set"].value,
+  )
   for name, value in scores.items():
     print(f"{name} {value:.4f}")
 
@@ -124,4 +196,7 @@ if __name__ == "__main__":
   flags.DEFINE_string("workdir", None, "A run, a stage of it or a checkpoint.")
   flags.DEFINE_integer("step", None, "Which checkpoint; default the newest.")
   flags.DEFINE_string("only", "", "One evaluation of the config; default all.")
+  flags.DEFINE_multi_string(
+    "set", [], "KEY=VALUE of evals., data.dir or data.files., for this time."
+  )
   commands.run(main, required=("workdir",))
