@@ -53,8 +53,6 @@ def train_and_evaluate(config: Any, path: Any) -> dict[str, float]:
   if not config.stages:
     return train_stage(config, run)
   scores, previous = {}, None
-  if jax.process_index() == 0:
-    initialise.note_stages(run, config.stages)
   for name in config.stages:
     logging.info("stage %s in %s", name, run.stage(name).root)
     stage = config[name].copy_and_resolve_references()
@@ -67,6 +65,8 @@ def train_and_evaluate(config: Any, path: Any) -> dict[str, float]:
         )
       with stage.unlocked():
         stage.init_from = str(previous.root)
+    if jax.process_index() == 0:
+      initialise.note_stages(run, config.stages)
     previous = run.stage(name)
     scores = train_stage(stage, previous)
   if jax.process_index() == 0:

@@ -68,10 +68,10 @@ def staged(tmp_path, monkeypatch):
   monkeypatch.setattr(train, "train_stage", fake_stage)
   monkeypatch.setattr(train.report, "write_staged", lambda *_: None)
 
-  def run(*names):
+  def run(*names, start="elsewhere"):
     config = importlib.import_module("configs.cavmae_vgg").get_config("demo")
     config.stages = names
-    config.finetune.init_from = "elsewhere"
+    config.finetune.init_from = start
     train.train_and_evaluate(config, tmp_path / "run")
     return tmp_path / "run"
 
@@ -90,6 +90,8 @@ def test_last_stage_is_the_last_in_order_not_in_time(staged):
 
 
 def test_stages_that_are_trained_one_by_one_are_in_order(staged):
+  with pytest.raises(InputError, match="starts from the one before it"):
+    staged("finetune", start="previous")
   staged("pretrain")
   folder = staged("finetune")
   os.utime(folder / "finetune" / "config.json", (1, 1))
