@@ -272,9 +272,14 @@ def data_section() -> ConfigDict:
 EVAL_OPTIONS: dict[str, dict[str, Any]] = {
   # modes: () = the method's main one; average: logits, probabilities.
   "classification": {"modes": (), "average": "logits"},
+  # names: () = all embeddings; limits: 0 = the whole split.
+  "linear_probe": {
+    "train_split": "train", "train_limit": 0, "names": (),
+    "inverse_l2": 1.0, "iterations": 1_000,
+  },
   "reconstruction": {"pictures": 4},
   "retrieval": {"subset": "", "within": "", "pictures": 0},
-}
+}  # fmt: skip
 
 
 def eval_section(kind: str, **options: Any) -> ConfigDict:

@@ -187,6 +187,16 @@ def test_scales(name, arg, expected):
   assert tuple(value(config, key) for key in SCALE_KEYS) == expected
 
 
+@pytest.mark.parametrize("arg", ["", "demo"])
+def test_clips_of_one_class_are_probed_once(arg):
+  """AudioSet's clips have several: hundreds of regressions each time."""
+  assert "probe" not in load("cavmae_audioset", arg).evals
+  probe = load("cavmae_vgg", arg).evals.probe
+  assert (probe.type, probe.every_epochs) == ("linear_probe", 0.0)
+  assert (probe.train_split, probe.split) == ("train", "test")
+  assert 0 < probe.train_limit <= 10_000
+
+
 def test_from_audioset_ten_epochs_at_one_rate():
   config = load("cavmae_vgg", "pretrain=audioset")
   assert config.total_epochs == 10.0
