@@ -30,6 +30,12 @@ published (CoAVT, table IV); `base` R@1 alone (AVSiam, table 2):
 
 They belong to lists of five clips a class:
 --config.evals.retrieval.subset=FILE.csv. Without it the whole split is asked.
+A finished run is asked by
+
+  python -m avjax.evaluate --workdir=DIR --set=evals.retrieval.subset=FILE.csv
+
+The public code hears the first channel of a clip: data sets are the same when
+they are built with `--channels=first`, as one's own files then are read.
 
 Numbers are the public recipe's; its betas, decay, schedule and statistics hold
 in all CAV-MAE's configs. It starts from `mae_pretrain_vit_base_full.pth`
@@ -97,6 +103,7 @@ def set_clips(config: ConfigDict) -> None:
   data.variant = "frames10"  # one frame of ten, at random
   data.video.update(num_frames=1, stride=1, resize=224, size=224)
   data.video.update(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+  data.files.channels = "first"
   data.audio.seconds = 10.255  # whole clips: 1,024 frames hold no more
   data.fbank.update(window="hanning", edges="snip", frames=1_024)
   data.fbank.update(remove_mean=True, mean=-5.081, std=4.4849)

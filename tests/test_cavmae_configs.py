@@ -100,6 +100,7 @@ COMMON = {
   "data.fbank.remove_mean": True,
   "data.fbank.mean": -5.081,
   "data.fbank.std": 4.4849,
+  "data.files.channels": "first",
   "data.augment.flip": 0.0,
   "data.augment.random_crop": False,
   "data.augment.noise": 0.1,
