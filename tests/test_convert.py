@@ -237,6 +237,30 @@ def test_vggsound_classes_come_in_our_order(tmp_path):
   np.testing.assert_array_equal(back["classifier"]["out"]["bias"], range(309))
 
 
+@pytest.mark.parametrize(
+  "change, words",
+  [
+    ("blocks_[av].10", "the source has 10 blocks in encoder_audio.*model 11"),
+    ("blocks_v.10", "the source has 10 blocks in encoder_video.*model 11"),
+    ("decoder_blocks.1", "the source has 1 blocks in decoder.*model 2"),
+    ("blocks_u.0", "the source has 0 blocks in encoder_joint.*model 1"),
+  ],
+)
+def test_another_number_of_blocks_is_refused(change, words, tmp_path):
+  state = {k: x for k, x in recipe().items() if not re.match(change, k)}
+  source = families.load(save(tmp_path / "x.pth", state))
+  with pytest.raises(InputError, match=words):
+    convert.become(source, pretraining())
+
+
+def test_one_modality_starts_its_own_blocks(tmp_path):
+  state = {k: x for k, x in recipe().items() if not re.search("_v(\\.|$)", k)}
+  source = families.load(save(tmp_path / "x.pth", state))
+  _, report, _ = convert.become(source, pretraining())
+  assert all("video" in name for name in report.missing)
+  assert "encoder_audio/block_10/norm1/scale" in report.loaded
+
+
 # --- init_from and load ------------------------------------------------------
 
 

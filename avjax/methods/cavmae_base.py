@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool
 
 from avjax import losses
+from avjax.errors import InputError
 from avjax.methods.base import Inputs, Loaded, Method, ParamInfo, Params
 from avjax.methods.cavmae_config import check
 from avjax.nn import cav_encoder, sizes
@@ -117,6 +118,9 @@ class CAVMethod(Method):
     `transfer.time_axis` and `transfer.picture`; a classifier of other classes
     keeps its initial values. {'audio': …, 'video': …} of two sources gives
     each branch its own; what both share comes from the video's.
+
+    Raises:
+      InputError: another number of blocks, or a shape that nothing changes.
     """
     mels = self.config.data.fbank.num_mels // self.model.patch_audio[0]
     tables = {}
@@ -124,6 +128,8 @@ class CAVMethod(Method):
       tables[f"{prefix}positions_audio"] = transfer.time_axis(mels)
       tables[f"{prefix}positions_video"] = transfer.picture
     two = set(source) == set(INPUTS)
+    for m in INPUTS:
+      check_blocks(params, source[m] if two else source, m)
 
     def candidates(path: str) -> list[str]:
       m = "audio" if "_audio" in path else "video"
@@ -136,6 +142,30 @@ class CAVMethod(Method):
       reshape=tables,
       optional=("classifier/out", "head_"),
     )
+
+
+def check_blocks(params: Params, source: Params, m: str) -> None:
+  """Compares the stacks that a modality passes through with a source's.
+
+  A source without the modality starts none of its blocks, one without a
+  decoder leaves the decoder as it is.
+
+  Raises:
+    InputError: a stack has another number of blocks; names both.
+  """
+  if f"embed_{m}" not in params or f"embed_{m}" not in source:
+    return
+  for stack in (f"encoder_{m}", "encoder_joint", "decoder"):
+    if stack == "decoder" and not (stack in params and stack in source):
+      continue
+    found, wanted = (
+      sum(name.startswith("block_") for name in tree.get(stack, {}))
+      for tree in (source, params)
+    )
+    if found != wanted:
+      raise InputError(
+        f"the source has {found} blocks in {stack}, the model {wanted}"
+      )
 
 
 def present(inputs: Inputs, names: Sequence[str]) -> Bool[Array, "b"]:
