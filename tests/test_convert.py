@@ -19,9 +19,8 @@ from avjax import config as config_lib
 from avjax import convert, evaluate, initialise, methods, trees
 from avjax.errors import InputError
 from avjax.methods import avmae_config, cavmae_config, mbt
-from avjax.nn import sizes
 from avjax.nn.positions import sincos_2d
-from avjax.weights import families, formats, image, table
+from avjax.weights import families, formats, image
 from tests import golden, public_weights, runs
 
 # --- Files and configs -------------------------------------------------------
@@ -326,39 +325,6 @@ def test_files_are_no_runs(tmp_path):
     initialise.read(tmp_path / "x.npz")
 
 
-def test_public_file_is_a_model_with_names_of_classes(tiny, tmp_path):
-  """The data set need not be there: its list comes with the package."""
-  state = recipe(309)
-  state["mlp_head.1.bias"] = np.arange(309, dtype=np.float32)
-  model = avjax.load(save(tmp_path / "vgg_65.5.pth", state))
-  names = model.class_names["label"]
-  data = importlib.resources.files("avjax.data") / "classes" / "vggsound.json"
-  order = json.loads(data.read_text())["cavmae"]
-  assert len(names) == 309 and names == sorted(names)
-  bias = np.asarray(model.params["classifier"]["out"]["bias"])
-  for theirs in range(309):
-    assert bias[order[theirs]] == theirs
-  # The ends of CAV-MAE's class_labels_indices_vgg.csv.
-  for theirs, name in ((0, "ambulance siren"), (308, "air horn")):
-    assert names[bias.tolist().index(theirs)] == name
-  assert model.config.model.classes.label == 309
-  ours = tmp_path / "ours.safetensors"
-  convert.convert(tmp_path / "vgg_65.5.pth", ours)
-  assert avjax.load(ours).class_names == model.class_names
-
-
-def test_names_of_classes_are_not_guessed():
-  config = finetuning(classes=309, name="vggsound")
-  assert len(families.class_names("cavmae", config)["label"]) == 309
-  assert families.class_names("mbt_original", config) == {}
-  with config.unlocked():
-    config.model.classes = {"label": 7}
-  assert families.class_names("cavmae", config) == {}
-  with config.unlocked():
-    config.data.name = "av_demo"
-  assert families.class_names("cavmae", config) == {}
-
-
 def test_converted_folder_can_be_evaluated_and_loaded(demo_data, tmp_path):
   config = runs.stage("avmae_vgg_finetune", "demo", data__dir=demo_data)
   config.model.update(mlp=128, patch_audio=(16, 16))
@@ -432,82 +398,6 @@ def test_original_mbt_brings_its_clips():
   assert found["data"]["video"]["num_frames"] == 32
 
 
-@pytest.fixture
-def tiny(monkeypatch):
-  """The size of the files here is a standard one."""
-  monkeypatch.setitem(sizes.SIZES, "Ti", sizes.Size(32, 12, 4, 128))
-
-
-def test_file_of_both_branches_is_said_to_be_taken_as_both(
-  tiny, tmp_path, caplog
-):
-  """Public files of sound alone hold the picture's branch, too."""
-  weights = families.load(save(tmp_path / "vgg_59.8.pth", recipe(309)))
-  assert families.config_of(weights)["model"]["modality"] == "av"
-  (told,) = [r for r in caplog.records if r.levelname == "WARNING"]
-  assert "cavmae_vgg_finetune.py:modality=a" in told.getMessage()
-  (row,) = [r for r in table.CHECKPOINTS if r.name == "vgg_59.8.pth"]
-  (config,) = table_configs(row)
-  config.model.update(SMALL)
-  with config.unlocked():
-    config.model.classes = {"label": 309}
-  caplog.clear()
-  folder = tmp_path / "run"
-  report = convert.convert(tmp_path / "vgg_59.8.pth", folder, config=config)
-  assert not report.missing and not report.misshaped
-  assert all("video" in name or "joint" in name for name in report.unused)
-  assert avjax.load(folder).config.model.modality == "a"
-  assert not [r for r in caplog.records if "modality" in r.getMessage()]
-
-
-def test_table_gives_pretraining_files_their_recipes():
-  """As CAV-MAE's README tells them apart."""
-  found = {}
-  for row in table.CHECKPOINTS:
-    if row.family == "cavmae" and "_finetune" not in row.config:
-      (config,) = table_configs(row)
-      model = config.model
-      assert model.mask_audio == model.mask_video
-      file = re.search(r"[\w.-]+\.pth", row.name)[0]
-      found[file] = (
-        config.batch_size, model.group_size, model.contrast_weight,
-        model.masking, model.mask_audio, model.norm_pix,
-        model.contrast_two_way,
-      )  # fmt: skip
-  base = (48, 12, 0.01, "unstructured", 0.75, True, False)
-  assert found == {
-    "audio_model.21.pth": (256, 64, *base[2:]),
-    "audio_model.25.pth": (108, 27, *base[2:]),
-    "cav-mae-base.pth": base,
-    "cav-mae-base-nonorm.pth": (*base[:5], False, False),
-    "50.pth": (*base[:4], 0.5, True, False),
-    "65.pth": (*base[:4], 0.65, True, False),
-    "85.pth": (*base[:4], 0.85, True, False),
-    "time_freq_75.pth": (*base[:3], "time_frequency", 0.75, True, False),
-    "time_freq_50.pth": (*base[:3], "time_frequency", 0.5, True, False),
-    "time_75.pth": (*base[:3], "time", 0.75, True, False),
-    "freq_75.pth": (*base[:3], "frequency", 0.75, True, False),
-    "cav-mae-base-c0.001.pth": (48, 12, 0.001, *base[3:]),
-    "cav-mae-base-c0.1.pth": (48, 12, 0.1, *base[3:]),
-    "single_direction.pth": (120, 30, *base[2:]),
-    "symc.pth": (120, 30, *base[2:6], True),
-  }
-
-
-def test_what_a_pretraining_file_does_not_show_is_said(tiny, tmp_path, caplog):
-  file = save(tmp_path / "cav-mae-base-nonorm.pth", recipe())
-  with caplog.at_level("INFO", logger="absl"):
-    config = families.config_of(families.load(file))
-  assert config["model"]["norm_pix"] is True
-  for key in (
-    "norm_pix=True", "masking='unstructured'", "mask_audio=0.75",
-    "mask_video=0.75", "contrast_weight=0.01", "contrast_two_way=False",
-    "group_size=27",
-  ):  # fmt: skip
-    assert f"model.{key}" in caplog.text
-  assert "--list" in caplog.text
-
-
 def test_counts_are_those_of_the_public_files():
   full = {"d": 768, "depth": 11, "decoder": (512, 8)}
   for classes, arrays, numbers in (
@@ -516,47 +406,6 @@ def test_counts_are_those_of_the_public_files():
     shapes = public_weights.cavmae_shapes(**full, classes=classes)
     assert len(shapes) == arrays
     assert sum(int(np.prod(shape)) for shape in shapes.values()) == numbers
-
-
-def table_configs(row):
-  """The configs that a row names, with its flags, as the trainer gets them."""
-  flags = re.findall(r"--config\.([\w.]+)=(\S+)", row.config)
-  named = re.findall(r"(\w+)\.py(?::([\w=,+]+))?", row.config)
-  assert named, row
-  for name, argument in named:
-    config = importlib.import_module(f"configs.{name}").get_config(argument)
-    for path, text in flags:
-      *parts, last = path.split(".")
-      place = functools.reduce(lambda at, key: at[key], parts, config)
-      kind = type(place[last])
-      place[last] = text == "True" if kind is bool else kind(text)
-    yield config
-
-
-def test_table_names_families_and_configs_that_exist():
-  for row in table.CHECKPOINTS:
-    assert row.family in families.FAMILIES and row.licence
-    assert list(table_configs(row))
-  names = [row.name for row in table.CHECKPOINTS]
-  assert len(set(names)) == len(names)
-  assert table.markdown().count("\n") == len(table.CHECKPOINTS) + 1
-
-
-def test_table_gives_finetuned_rows_their_modality():
-  words = {"audiovisual": "av", "audio": "a", "video": "v"}
-  found = {}
-  for row in table.CHECKPOINTS:
-    last = re.split(r"[ _]", row.score if row.family == "cavmae" else row.name)
-    if last[-1] in words and row.family in ("cavmae", "mbt"):
-      (config,) = table_configs(row)
-      config = families.stage(config, "")
-      if "modality" in config.model and "_finetune" in row.config:
-        assert config.model.modality == words[last[-1]], row
-        assert config.data.modality == words[last[-1]], row
-        found[row.name] = config.model.modality
-  for name in ("as_46.6.pth", "as_37.7.pth", "vgg_59.8.pth"):
-    assert found[name] == "a"
-  assert len(found) == 7 + 7
 
 
 # --- The command -------------------------------------------------------------
