@@ -261,6 +261,7 @@ def data_section() -> ConfigDict:
         "seconds": 3_600.0,
         "pixels": 8_192 * 8_192,
         "frames": 100_000,
+        "gigabytes": 8.0,  # of decoded frames
         "channels": "mean",  # first
       },
       "demo": {"clips_per_class": 40, "test_per_class": 10, "seed": 0},

@@ -72,6 +72,11 @@ MAX_PIXELS = flags.DEFINE_integer(
 MAX_FRAMES = flags.DEFINE_integer(
   "max_frames", media.Limits.frames, "Clips of more frames are 'corrupt'."
 )
+MAX_GIGABYTES = flags.DEFINE_float(
+  "max_gigabytes",
+  media.Limits.gigabytes,
+  "Clips of more decoded frames are 'corrupt'.",
+)
 BEAM = flags.DEFINE_list(
   "beam_pipeline_options",
   None,
@@ -112,6 +117,7 @@ def build(builder_class: type, section: config.ConfigDict) -> pathlib.Path:
     seconds=MAX_SECONDS.value,
     pixels=MAX_PIXELS.value,
     frames=MAX_FRAMES.value,
+    gigabytes=MAX_GIGABYTES.value,
   )
   options = builder.Options(
     media=folder,

@@ -117,12 +117,16 @@ class ClipBuilder(
     """Without those that `former` holds or could not use.
 
     A row whose file was missing is open again when the file is there.
+
+    Raises:
+      InputError: rows that it was built from are gone, or say something else.
     """
     if self.former is None:
       return rows
     result = {}
     for split, some in rows.items():
       tally = self.former.tallies.get(split, parts.Tally())
+      self._compare(split, some, tally)
       missing = {parts.identity(e) for e in tally.lists["missing file"]}
       settled = {
         parts.identity(e) for name in parts.OUTCOMES for e in tally.lists[name]
@@ -137,6 +141,29 @@ class ClipBuilder(
       # Duplicates are counted anew.
       tally.lists["duplicate"] = []
     return result
+
+  def _compare(
+    self, split: str, rows: Sequence[Row], tally: parts.Tally
+  ) -> None:
+    """A split that is to grow may have more rows, not others."""
+    now = {row.id: stored.digest(row) for row in rows}
+    settled = {
+      parts.identity(e) for name in parts.OUTCOMES for e in tally.lists[name]
+    }
+    gone = sorted(settled - set(now))
+    changed = sorted(
+      entry[0] for entry in tally.index if now.get(entry[0]) != entry[-1]
+    )
+    for ids, words in (
+      (gone, "are not in the annotations any more"),
+      (changed, "have other labels or captions now"),
+    ):
+      if ids:
+        some = ", ".join(map(repr, ids[: parts.LISTED]))
+        raise InputError(
+          f"{len(ids)} clips of the built split {split!r} {words}: {some}; "
+          "pass --overwrite to build it again"
+        )
 
   def late_rows(self) -> dict[str, list[Row]]:
     """Rows that a stopped build missed the files of, which are there now."""
@@ -166,13 +193,15 @@ class ClipBuilder(
         tally.forget_missing(row.id for row in self.late.get(part.split, ()))
       self.tallies[part.split].add(tally)
       if tally.index:
-        shards.setdefault(part.split, []).append((part.path, len(tally.index)))
+        shards.setdefault(part.split, []).append(
+          (part.records, len(tally.index))
+        )
     infos = [
       self._name(split, files) for split, files in shards.items() if files
     ]
     if not infos:
       for part in self.parts:
-        part.note.unlink()
+        part.note.unlink(missing_ok=True)
       raise InputError(
         f"no clip of {self.name} could be built: {self.words()}{self.example()}"
       )
@@ -194,10 +223,12 @@ class ClipBuilder(
       made = beam.make(self.recorder, todo, self.options.beam)
       for _ in progress.track(made, len(rows), self.name):
         pass
-    work = sum(part.tally().work for part in todo)
+    tallies = [part.tally() for part in todo]
+    clips = sum(len(tally.index) for tally in tallies)
+    work = sum(tally.work for tally in tallies)
     print(
-      f"{self.name}: {len(rows)} rows in {work:.0f} s of one core, "
-      f"{len(rows) / max(work, 1e-3):.1f} clips/s/core",
+      f"{self.name}: {clips} clips in {work:.0f} s of one core, "
+      f"{clips / max(work, 1e-3):.1f} clips/s/core",
       file=sys.stderr,
     )
 
@@ -214,9 +245,14 @@ class ClipBuilder(
     yield from decode.encode_all(tasks, workers=self._workers(len(tasks)))
 
   def _workers(self, count: int) -> int:
-    """Processes that pay: starting one costs as much as some clips."""
+    """Processes that pay: starting one costs as much as some clips.
+
+    One at least, so that a file that crashes its decoder costs one clip.
+    """
     workers = self.options.workers
-    return min(_cores() if workers < 0 else workers, count // 32)
+    if not workers:
+      return 0
+    return max(min(_cores() if workers < 0 else workers, count // 32), 1)
 
   def _name(self, split: str, files: Sequence[Any]) -> tfds.core.SplitInfo:
     """Puts the files into their places."""
@@ -252,12 +288,10 @@ class ClipBuilder(
 
   def settings(self) -> dict[str, Any]:
     """All that a record depends on but its row and its file."""
-    options = dataclasses.asdict(self.options)
-    for name in ("media", "annotations", "workers", "beam"):
-      del options[name]
+    options = _comparable(self.options)
     classes = json.dumps(self.classes()).encode()
     options["classes"] = hashlib.sha256(classes).hexdigest()[:16]
-    return json.loads(json.dumps(options))
+    return options
 
   def write_beside(self, folder: pathlib.Path) -> None:
     """report.json and the indices."""
@@ -272,7 +306,10 @@ class ClipBuilder(
       "splits": parts.report(self.tallies),
     }
     text = json.dumps(report, indent=1, ensure_ascii=False)
-    (folder / "report.json").write_text(text + "\n")
+    # File names may hold bytes that are no text.
+    (folder / "report.json").write_text(
+      text + "\n", encoding="utf-8", errors="backslashreplace"
+    )
 
 
 def build(
@@ -358,7 +395,9 @@ def _former(target: pathlib.Path, maker: ClipBuilder) -> parts.Former:
   """The data set that is there, if this build would make the same."""
   info = tfds.builder_from_directory(target).info
   former = parts.read(target, info.splits)
-  rows = differences(former.options, maker.settings())
+  # Options that an earlier version had not, had these values.
+  options = {**_comparable(Options(maker.options.media)), **former.options}
+  rows = differences(options, maker.settings())
   if any(row.startswith("classes:") for row in rows):
     old = info.metadata["classes"]
     rows = [row for row in rows if not row.startswith("classes:")]
@@ -369,6 +408,14 @@ def _former(target: pathlib.Path, maker: ClipBuilder) -> parts.Former:
       f"{'; '.join(rows)}; pass --overwrite to build it again"
     )
   return former
+
+
+def _comparable(options: Options) -> dict[str, Any]:
+  """What a record depends on, as JSON types."""
+  values = dataclasses.asdict(options)
+  for name in ("media", "annotations", "workers", "beam"):
+    del values[name]
+  return json.loads(json.dumps(values))
 
 
 def _class_changes(

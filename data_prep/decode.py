@@ -96,7 +96,7 @@ def encode(task: Task) -> Encoded:
     )
   except media.Unreadable as error:
     return Encoded(error.reason, str(error))
-  except InputError as error:
+  except (InputError, OSError) as error:
     return Encoded("corrupt", str(error))
   pictures = [] if clip.frames is None else list(clip.frames)
   pictures, rate = media.spread(pictures, task.variant, task.frame_rate)

@@ -1,7 +1,6 @@
 """`folder`: any directory of media, with or without a table of labels."""
 
 import functools
-import os
 import pathlib
 import posixpath
 from collections import Counter
@@ -40,8 +39,10 @@ class Folder(builder.ClipBuilder):
     - caption: several rows of a clip give it several;
     - split: train (also if empty) or test.
 
-    An id is the path without extension, with it if files differ in it alone;
-    where a row has a start or end, `@<start>-<end>` follows.
+    Without a table an id is the path. With one it is the path that the table
+    has, without extension unless its paths differ in it alone; where a row has
+    a start or end, `@<start>-<end>` follows. So an id does not depend on which
+    files there are.
 
     Raises:
       InputError: a column or split is unknown, or a row is malformed.
@@ -56,12 +57,11 @@ class Folder(builder.ClipBuilder):
   @functools.cached_property
   def _rows(self) -> dict[str, list[builder.Row]]:
     files = media_files.index(self.options.media)
-    ids = _ids([path for paths in files.values() for path in paths])
     table = self._table()
     if table is None:
-      rows = [builder.Row(ids[path], path) for path in sorted(ids)]
-      return {"train": rows}
-    return _clips(table, self.options.media, files, ids)
+      paths = sorted(path for paths in files.values() for path in paths)
+      return {"train": [builder.Row(_text(path), path) for path in paths]}
+    return _clips(table, self.options.media, files)
 
   def _table(self) -> pathlib.Path | None:
     place = self.options.annotations
@@ -73,29 +73,32 @@ class Folder(builder.ClipBuilder):
     return table if table.is_file() else None
 
 
-def _ids(paths: Sequence[str]) -> dict[str, str]:
-  """Path -> id of the whole file."""
-  stems = Counter(posixpath.splitext(path)[0] for path in paths)
-  return {
-    path: stem if stems[stem] == 1 else path
-    for path in paths
-    for stem in (posixpath.splitext(path)[0],)
-  }
+def _text(path: str) -> str:
+  """A path that can be stored: bytes that are no text are replaced."""
+  return path.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def _ids(paths: Iterable[str]) -> dict[str, str]:
+  """Path in the table -> id of the whole file."""
+  stem = {path: posixpath.splitext(path)[0] for path in paths}
+  counts = Counter(stem.values())
+  return {path: s if counts[s] == 1 else path for path, s in stem.items()}
 
 
 def _clips(
   table: pathlib.Path,
   media: pathlib.Path,
   files: Mapping[str, Sequence[str]],
-  ids: Mapping[str, str],
 ) -> dict[str, list[builder.Row]]:
   """Rows of one clip are one, in the place of the first."""
   clips: dict[tuple, tuple[dict[str, None], list[str]]] = {}
+  names: dict[str, str] = {}  # file -> path in the table
   for line in tables.read_csv(table, ()):
     fields = _fields(line)
-    file = posixpath.normpath(line.text("path"))
+    path = file = posixpath.normpath(line.text("path"))
     if not (media / file).is_file():
       file = media_files.find(files, (file,))
+    names.setdefault(file, path)
     split = fields["split"] or "train"
     lookup(SPLITS, split, f"split in {table} line {line.number}")
     start = line.real("start") if fields["start"] else 0.0
@@ -105,13 +108,14 @@ def _clips(
       raise line.error("an end after the start", found)
     key = (split, file, start, end)
     labels, captions = clips.setdefault(key, ({}, []))
-    names = fields["labels"].replace(";", "|").split("|")
-    labels.update(dict.fromkeys(n.strip() for n in names if n.strip()))
+    given = fields["labels"].replace(";", "|").split("|")
+    labels.update(dict.fromkeys(n.strip() for n in given if n.strip()))
     if fields["caption"]:
       captions.append(fields["caption"])
+  ids = _ids(names.values())
   splits: dict[str, list[builder.Row]] = {}
   for (split, file, start, end), (labels, captions) in clips.items():
-    row_id = ids.get(file, os.path.splitext(file)[0]) + _cut(start, end)
+    row_id = _text(ids[names[file]]) + _cut(start, end)
     splits.setdefault(split, []).append(
       builder.Row(row_id, file, start, end, tuple(labels), captions=captions)
     )

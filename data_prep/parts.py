@@ -2,8 +2,13 @@
 
 A part holds the records of some consecutive rows: an array_record file, and a
 JSON file with what became of every row, written last. The name tells the rows
-and the options, so a part that is there need not be made again. The parts
-become the shards of the data set as they are.
+and the options, so a part that is there need not be made again. Where the
+files lie is not in the name, it is compared: a file that has come since is no
+reason to decode the others again. The parts become the shards of the data set
+as they are.
+
+Two processes may make the same part: each writes files of its own, and the
+first to end names them.
 """
 
 import dataclasses
@@ -13,6 +18,7 @@ import os
 import pathlib
 import shutil
 import time
+import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -47,7 +53,8 @@ class Tally:
 
   Attributes:
     lists: outcome or remark -> ids, or [id, reason].
-    index: (id, labels, seconds, has_audio, has_video) of the built clips.
+    index: (id, labels, seconds, has_audio, has_video, digest) of the built
+      clips; digest is `stored.digest` of the row.
     work: seconds of one core that the rows took.
   """
 
@@ -76,7 +83,8 @@ class Tally:
 
   def write_index(self, path: pathlib.Path) -> None:
     """What is asked of all clips without reading them."""
-    ids, labels, seconds, sound, pictures = zip(*self.index, strict=True)
+    columns = zip(*self.index, strict=True)
+    ids, labels, seconds, sound, pictures, digests = columns
     np.savez_compressed(
       path,
       id=np.array(ids),
@@ -85,6 +93,7 @@ class Tally:
       seconds=np.array(seconds, np.float32),
       has_audio=np.array(sound),
       has_video=np.array(pictures),
+      digest=np.array(digests, np.uint32),
     )
 
   def read_index(self, path: pathlib.Path) -> None:
@@ -98,6 +107,7 @@ class Tally:
           stored["seconds"].tolist(),
           stored["has_audio"].tolist(),
           stored["has_video"].tolist(),
+          stored["digest"].tolist(),
           strict=True,
         )
       )
@@ -128,9 +138,21 @@ class Part:
     return self.path.with_suffix(".json")
 
   @property
+  def records(self) -> pathlib.Path:
+    """The array_record file of a finished part."""
+    return self.path.with_name(self._body()["records"])
+
+  @property
   def finished(self) -> bool:
-    """The part need not be made again."""
-    return self.note.exists()
+    """The part need not be made again: it is of these rows in these files."""
+    if not self.note.exists():
+      return False
+    body = self._body()
+    missing = set(map(identity, body["tally"]["lists"]["missing file"]))
+    return all(
+      row.id in missing or place == _place(row)
+      for row, place in zip(self.rows, body["places"], strict=True)
+    )
 
   def write(
     self, results: Iterable[tuple[bytes | None, Tally]], cores: int = 1
@@ -142,28 +164,53 @@ class Part:
       cores: that are at work meanwhile.
     """
     tally, began = Tally(), time.perf_counter()
-    temporary = self.path.with_suffix(".tmp")
-    # Records are not compressed, JPEG and sound do not shrink: they are read
-    # in half the time and written in a seventh of it.
-    writer = array_record_module.ArrayRecordWriter(
-      os.fspath(temporary), "group_size:1,uncompressed"
-    )
+    own = f"{self.path.stem}-{uuid.uuid4().hex}"
+    records = self.path.with_name(f"{own}.array_record")
     try:
-      for record, row in results:
-        tally.add(row)
-        if record is not None:
-          writer.write(record)
-    finally:
-      writer.close()
-    temporary.replace(self.path)
+      # Records are not compressed, JPEG and sound do not shrink: they are read
+      # in half the time and written in a seventh of it.
+      writer = array_record_module.ArrayRecordWriter(
+        os.fspath(records), "group_size:1,uncompressed"
+      )
+      try:
+        for record, row in results:
+          tally.add(row)
+          if record is not None:
+            writer.write(record)
+      finally:
+        writer.close()
+    except BaseException:
+      records.unlink(missing_ok=True)
+      raise
     tally.work = cores * (time.perf_counter() - began)
-    note = self.note.with_suffix(".json.tmp")
-    note.write_text(json.dumps(dataclasses.asdict(tally)))
-    note.replace(self.note)
+    body = {
+      "tally": dataclasses.asdict(tally),
+      "records": records.name,
+      "places": [_place(row) for row in self.rows],
+    }
+    note = self.path.with_name(f"{own}.tmp")
+    note.write_text(json.dumps(body))
+    self._publish(note, records)
+
+  def _publish(self, note: pathlib.Path, records: pathlib.Path) -> None:
+    """Gives the note its name, unless another process was faster."""
+    try:
+      os.link(note, self.note)
+    except FileExistsError:
+      if self.finished:
+        records.unlink()
+      else:  # of files that lie elsewhere now
+        note.replace(self.note)
+    except OSError:  # a file system without links
+      note.replace(self.note)
+    note.unlink(missing_ok=True)
 
   def tally(self) -> Tally:
     """What became of the rows of a finished part."""
-    return Tally(**json.loads(self.note.read_text()))
+    return Tally(**self._body()["tally"])
+
+  def _body(self) -> dict[str, Any]:
+    return json.loads(self.note.read_text())
 
   def write_rows(self) -> pathlib.Path:
     """Writes the rows to a file; `read_rows` makes the part of it again."""
@@ -171,6 +218,10 @@ class Part:
     rows = [dataclasses.asdict(row) for row in self.rows]
     path.write_text(json.dumps({"split": self.split, "rows": rows}))
     return path
+
+
+def _place(row: Any) -> list[Any]:
+  return [row.file, row.start, row.end]
 
 
 def read_rows(path: pathlib.Path) -> Part:
@@ -199,7 +250,8 @@ def plan(
   for split, whole in rows.items():
     for first in range(0, len(whole), ROWS):
       some = whole[first : first + ROWS]
-      facts = repr((fingerprint, some, second))
+      whats = [(row.id, stored.digest(row)) for row in some]
+      facts = repr((fingerprint, whats, second))
       key = hashlib.sha256(facts.encode()).hexdigest()
       path = folder / f"{split}-{key[:16]}.array_record"
       parts.append(Part(split, some, path, second))

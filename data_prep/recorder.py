@@ -134,7 +134,7 @@ class Recorder:
     labels = self.labels(row)
     tally.index.append(
       (row.id, labels["label"], result.seconds, result.has_audio,
-       bool(result.frames))
+       bool(result.frames), stored.digest(row))
     )  # fmt: skip
     example = self._features.encode_example(
       {**stored.clip(row, result), **labels}
@@ -146,7 +146,7 @@ class Recorder:
     tasks = [self.task(row) for row in part.rows]
     # In a process of its own, so that a file that crashes its decoder costs
     # one clip.
-    results = decode.encode_all(tasks, workers=min(len(tasks) // 8, 1))
+    results = decode.encode_all(tasks, workers=1)
     part.write(map(self.record, part.rows, results))
 
   def _accept(

@@ -1,6 +1,8 @@
 """An annotation row, and what is stored of its clip."""
 
 import dataclasses
+import json
+import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -60,6 +62,13 @@ def row(values: Mapping[str, Any]) -> Row:
   """The inverse of `dataclasses.asdict`, by way of JSON too."""
   things = [Thing(**thing) for thing in values["things"]]
   return Row(**{**values, "things": things})
+
+
+def digest(row: Row) -> int:
+  """A number that changes with all that is said of a clip but its place."""
+  said = dataclasses.replace(row, file="", start=0.0, end=None)
+  values = json.dumps(dataclasses.asdict(said), sort_keys=True)
+  return zlib.crc32(values.encode())
 
 
 def features() -> dict[str, Any]:

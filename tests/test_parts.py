@@ -1,5 +1,6 @@
 """Builds that are stopped, go on, and grow."""
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -15,7 +16,7 @@ import tensorflow_datasets as tfds
 
 from avjax.data import demo_clip
 from avjax.errors import InputError
-from data_prep import builder, decode, parts
+from data_prep import builder, decode, media_files, parts, recorder
 from tests import runs
 
 NAMES = [f"-clip {k}" for k in range(7)]
@@ -165,19 +166,100 @@ def test_second_run_adds_what_was_missing(media, tmp_path, monkeypatch, capsys):
   assert "has all there is" in capsys.readouterr().err
 
 
-def test_stopped_build_adds_what_has_come_since(media, tmp_path, monkeypatch):
+class Nested(Tiny, skip_registration=True):
+  """Files are searched for, as most data sets do."""
+
+  def rows(self):
+    files = media_files.index(self.options.media)
+    return {
+      split: [
+        dataclasses.replace(row, file=media_files.find(files, [row.file]))
+        for row in rows
+      ]
+      for split, rows in super().rows().items()
+    }
+
+
+@pytest.mark.parametrize("place", ["", "deep/er"])
+def test_stopped_build_adds_what_has_come_since(
+  place, media, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(sys.modules[__name__], "Tiny", Nested)
   some = tmp_path / "media"
   shutil.copytree(media, some)
   (some / f"{NAMES[1]}.mp4").unlink()
 
   stop_at_test(monkeypatch, some, tmp_path)
-  shutil.copy(media / f"{NAMES[1]}.mp4", some)
+  (some / place).mkdir(parents=True, exist_ok=True)
+  shutil.copy(media / f"{NAMES[1]}.mp4", some / place)
   found = decoded(monkeypatch)
   built = build(some, tmp_path)
   assert found == [f"{name}.mp4" for name in (*NAMES[5:], NAMES[1])]
   entry = report(built)["train"]
   assert entry["rows"] == entry["counts"]["built"] == 5
   assert records(built)[4][0] == NAMES[1]
+
+
+def test_file_that_moved_is_decoded_again(media, tmp_path, monkeypatch):
+  stop_at_test(monkeypatch, media, tmp_path)
+  rows = Tiny.rows
+
+  def elsewhere(self):
+    splits = rows(self)
+    splits["train"][0] = dataclasses.replace(splits["train"][0], end=0.1)
+    return splits
+
+  found = decoded(monkeypatch)
+  monkeypatch.setattr(Tiny, "rows", elsewhere)
+  build(media, tmp_path)
+  assert found == [f"{name}.mp4" for name in (*NAMES[:2], *NAMES[5:])]
+
+
+def test_rows_that_are_gone_or_changed_are_refused(
+  media, tmp_path, monkeypatch
+):
+  build(media, tmp_path)
+  rows = Tiny.rows
+  monkeypatch.setattr(
+    Tiny, "rows", lambda self: {"train": rows(self)["train"][1:]}
+  )
+  with pytest.raises(
+    InputError,
+    match="1 clips .*'train' are not in the annotations any more: "
+    "'-clip 0'; pass --overwrite",
+  ):
+    build(media, tmp_path)
+
+  def relabelled(self):
+    splits = rows(self)
+    row = splits["test"][0]
+    splits["test"][0] = dataclasses.replace(row, captions=("other",))
+    return splits
+
+  monkeypatch.setattr(Tiny, "rows", relabelled)
+  with pytest.raises(
+    InputError, match="1 clips .*'test' have other labels .*: '-clip 5'"
+  ):
+    build(media, tmp_path)
+
+
+def test_two_processes_may_make_the_same_part(media, tmp_path):
+  """The first to end names its files; the other's are removed."""
+  row = builder.Row(NAMES[0], f"{NAMES[0]}.mp4", labels=("dog",))
+  part = parts.Part("train", [row], tmp_path / "train-1.array_record")
+  maker = recorder.Recorder(
+    builder.Options(media=media), "video", {"label": ("cat", "dog")}
+  )
+
+  def slow():
+    maker.make(part)  # another process, in the middle of this one's work
+    yield None, parts.Tally()
+
+  part.write(slow())
+  assert part.finished and part.tally().lists["built"] == [NAMES[0]]
+  assert sorted(p.name for p in tmp_path.iterdir()) == sorted(
+    [part.records.name, "train-1.json"]
+  )
 
 
 def test_added_class_is_named(media, tmp_path, monkeypatch):
@@ -208,7 +290,7 @@ def test_table_of_outcomes():
 def test_rate_is_printed(media, tmp_path, capsys):
   build(media, tmp_path)
   assert re.search(
-    r"folder: 7 rows in \d+ s of one core, [\d.]+ clips/s/core",
+    r"folder: 7 clips in \d+ s of one core, [\d.]+ clips/s/core",
     capsys.readouterr().err,
   )
 
