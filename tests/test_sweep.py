@@ -1,6 +1,7 @@
 """Studies: what is run, what is kept, what is written."""
 
 import csv
+import importlib
 import json
 import pathlib
 
@@ -151,3 +152,26 @@ def test_bad_study_is_refused(tmp_path, text, words):
     path.write_text(text)
   with pytest.raises(InputError, match=words):
     sweep.read_study(str(path))
+
+
+@pytest.mark.parametrize(
+  "path", sorted(STUDIES.glob("*.py")), ids=lambda p: p.stem
+)
+def test_rows_of_every_study_resolve(path, tmp_path):
+  """Their configs exist, and have the keys that they override."""
+  study = sweep.read_study(str(path))
+  for row in study.rows:
+    file, _, argument = row.config.partition(":")
+    config = importlib.import_module(
+      file.removesuffix(".py").replace("/", ".")
+    ).get_config(argument)
+    for override in row.overrides:
+      *places, last = override.split("=")[0].split(".")
+      section = config
+      for place in places:
+        section = section[place]
+      assert last in section, override
+    assert set(row.stages) <= set(config.stages)
+    metrics = {metric.split("/")[0] for metric in study.metrics}
+    stages = [config[name] for name in config.stages] or [config]
+    assert not row.shown or metrics <= set(stages[-1].evals)
