@@ -59,12 +59,11 @@ def test_folder_with_a_table_trains(own, tmp_path):
   (own / "annotations.csv").write_bytes(TABLE.encode())
   place = make(folder.Folder, own, tmp_path / "data")
   assert report(place, "train") == {
-    "built": ["b/-x", "b/y@0.2-0.8", "b/y@0.5-", "c \xe9/z", "a.mp4"],
+    "built": ["b/-x", "b/y@0.2-0.8", "b/y@0.5-", "c \xe9/z", "a"],
     "missing file": ["gone"],
     "corrupt": ["b/broken"],
   }
-  # `a.wav` is beside `a.mp4`, so the ids keep the extension.
-  assert report(place, "test") == {"built": ["b/y", "a.mp4"]}
+  assert report(place, "test") == {"built": ["b/y", "a"]}
   names = tfds.builder_from_directory(place).info.metadata["classes"]["label"]
   assert names == ["bird", "cat", "dog"]
   built = clips(place, "train")
@@ -98,11 +97,25 @@ def test_own_classes_are_learnt_and_kept_with_the_model(own, tmp_path):
   assert {name for name, _ in (first, *rest)} == {"bird", "cat", "dog"}
 
 
+def test_ids_do_not_depend_on_the_files(own, tmp_path):
+  (own / "annotations.csv").write_text(
+    "path,labels\na.mp4,dog\na.wav,dog\nzz,cat\nb/y.mp4,cat\n"
+  )
+  place = make(folder.Folder, own, tmp_path / "data")
+  ids = {"built": ["a.mp4", "a.wav", "b/y"], "missing file": ["zz"]}
+  assert report(place, "train") == ids
+  # What comes later is found in a subfolder.
+  shutil.copy(own / "a.mp4", own / "b/zz.mp4")
+  shutil.copy(own / "a.wav", own / "b/y.wav")
+  assert make(folder.Folder, own, tmp_path / "data") == place
+  assert report(place, "train") == {"built": ["a.mp4", "a.wav", "b/y", "zz"]}
+
+
 def test_folder_without_a_table(own, tmp_path):
   place = make(folder.Folder, own, tmp_path / "data")
   assert report(place, "train") == {
-    "built": ["a.mp4", "a.wav", "b/-x", "b/y", "c \xe9/z"],
-    "corrupt": ["b/broken"],
+    "built": ["a.mp4", "a.wav", "b/-x.mp4", "b/y.mp4", "c \xe9/z.mp4"],
+    "corrupt": ["b/broken.mp4"],
   }
   assert dict(tfds.builder_from_directory(place).info.splits).keys() == {
     "train"
