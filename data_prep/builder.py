@@ -54,7 +54,6 @@ class ClipBuilder(
 
   def __init__(self, *, options: Options, **kwargs: Any):
     self.options = options
-    self.recorder: recorder.Recorder | None = None
     self.parts: list[parts.Part] = []
     self.late: dict[str, list[Row]] = {}
     self.former: parts.Former | None = None
@@ -128,9 +127,7 @@ class ClipBuilder(
       tally = self.former.tallies.get(split, parts.Tally())
       self._compare(split, some, tally)
       missing = {parts.identity(e) for e in tally.lists["missing file"]}
-      settled = {
-        parts.identity(e) for name in parts.OUTCOMES for e in tally.lists[name]
-      }
+      settled = tally.settled()
       result[split] = [
         row
         for row in some
@@ -147,12 +144,11 @@ class ClipBuilder(
   ) -> None:
     """A split that is to grow may have more rows, not others."""
     now = {row.id: stored.digest(row) for row in rows}
-    settled = {
-      parts.identity(e) for name in parts.OUTCOMES for e in tally.lists[name]
-    }
-    gone = sorted(settled - set(now))
+    gone = sorted(tally.settled() - set(now))
     changed = sorted(
-      entry[0] for entry in tally.index if now.get(entry[0]) != entry[-1]
+      entry[0]
+      for entry in tally.index
+      if entry[-1] not in (None, now.get(entry[0]))
     )
     for ids, words in (
       (gone, "are not in the annotations any more"),
@@ -164,6 +160,7 @@ class ClipBuilder(
           f"{len(ids)} clips of the built split {split!r} {words}: {some}; "
           "pass --overwrite to build it again"
         )
+    tally.index = [(*entry[:-1], now[entry[0]]) for entry in tally.index]
 
   def late_rows(self) -> dict[str, list[Row]]:
     """Rows that a stopped build missed the files of, which are there now."""

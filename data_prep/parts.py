@@ -71,6 +71,10 @@ class Tally:
     self.index += other.index
     self.work += other.work
 
+  def settled(self) -> set[str]:
+    """Ids of all rows, whatever became of them."""
+    return {identity(e) for name in OUTCOMES for e in self.lists[name]}
+
   def counts(self) -> dict[str, int]:
     """Rows by outcome."""
     return {name: len(self.lists[name]) for name in OUTCOMES}
@@ -100,6 +104,7 @@ class Tally:
     """The inverse of `write_index`."""
     with np.load(path) as stored:
       labels = np.split(stored["label"], stored["label_ends"][:-1])
+      count = len(stored["id"])
       self.index = list(
         zip(
           stored["id"].tolist(),
@@ -107,7 +112,8 @@ class Tally:
           stored["seconds"].tolist(),
           stored["has_audio"].tolist(),
           stored["has_video"].tolist(),
-          stored["digest"].tolist(),
+          # An earlier version had none.
+          stored["digest"].tolist() if "digest" in stored else [None] * count,
           strict=True,
         )
       )

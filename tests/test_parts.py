@@ -243,6 +243,23 @@ def test_rows_that_are_gone_or_changed_are_refused(
     build(media, tmp_path)
 
 
+def test_set_of_an_earlier_version_grows(media, tmp_path):
+  """Its index says nothing of labels and captions."""
+  some = tmp_path / "media"
+  shutil.copytree(media, some)
+  (some / f"{NAMES[1]}.mp4").unlink()
+  built = build(some, tmp_path)
+  for split in ("train", "test"):
+    with np.load(built / f"index_{split}.npz") as index:
+      columns = {k: index[k] for k in index if k != "digest"}
+    np.savez_compressed(built / f"index_{split}.npz", **columns)
+  shutil.copytree(media, some, dirs_exist_ok=True)
+  build(some, tmp_path)
+  assert report(built)["train"]["counts"]["built"] == 5
+  with np.load(built / "index_train.npz") as index:
+    assert len(index["digest"]) == 5
+
+
 def test_two_processes_may_make_the_same_part(media, tmp_path):
   """The first to end names its files; the other's are removed."""
   row = builder.Row(NAMES[0], f"{NAMES[0]}.mp4", labels=("dog",))
