@@ -5,6 +5,7 @@ import json
 import os
 import pathlib
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -153,6 +154,34 @@ def stop_at(process, workdir, step, number=signal.SIGTERM, timeout=240):
       break
     time.sleep(0.02)
   return process.wait(timeout=60)
+
+
+def two_processes(code, folder):
+  """Runs Python code in two processes of two devices, which must both succeed.
+
+  Its arguments are the number of the process, a free port and the folder.
+  """
+  with socket.socket() as probe:
+    probe.bind(("127.0.0.1", 0))
+    port = str(probe.getsockname()[1])
+  flags = "--xla_force_host_platform_device_count=2"
+  children = [
+    subprocess.Popen(
+      [sys.executable, "-c", code, str(i), port, str(folder)],
+      cwd=ROOT,
+      env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
+      stderr=subprocess.PIPE,
+      text=True,
+    )
+    for i in range(2)
+  ]
+  try:
+    errors = [child.communicate(timeout=120)[1] for child in children]
+  finally:
+    for child in children:
+      child.kill()
+  for child, error in zip(children, errors, strict=True):
+    assert child.returncode == 0, error[-3000:]
 
 
 def plain(config):

@@ -7,7 +7,6 @@ import random
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -21,8 +20,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from avjax import stored_step, trees
 from avjax.checkpoint import Checkpoints, RunLock, SaveError, restore_params
 from avjax.errors import InputError
-
-ROOT = pathlib.Path(__file__).parents[1]
+from tests import runs
 
 
 def state_of(step, size=64):
@@ -419,7 +417,7 @@ def test_killed_while_saving_leaves_a_complete_step_and_frees_the_lock(
 ):
   directory = tmp_path / "checkpoints"
   child = subprocess.Popen(
-    [sys.executable, "-c", SAVE_FOREVER, str(tmp_path)], cwd=ROOT
+    [sys.executable, "-c", SAVE_FOREVER, str(tmp_path)], cwd=runs.ROOT
   )
   end = time.monotonic() + 60
   try:
@@ -480,27 +478,7 @@ with RunLock(directory + "/lock"), Checkpoints(directory + "/c") as checkpoints:
 
 
 def test_two_processes_save_verify_and_fall_back_together(tmp_path):
-  with socket.socket() as probe:
-    probe.bind(("127.0.0.1", 0))
-    port = str(probe.getsockname()[1])
-  flags = "--xla_force_host_platform_device_count=2"
-  children = [
-    subprocess.Popen(
-      [sys.executable, "-c", TWO_PROCESSES, str(i), port, str(tmp_path)],
-      cwd=ROOT,
-      env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for i in range(2)
-  ]
-  try:
-    errors = [child.communicate(timeout=120)[1] for child in children]
-  finally:
-    for child in children:
-      child.kill()
-  for child, error in zip(children, errors, strict=True):
-    assert child.returncode == 0, error[-3000:]
+  runs.two_processes(TWO_PROCESSES, tmp_path)
   assert Checkpoints(tmp_path / "c", keep=None).restore()[1]["n"] == 7
 
 

@@ -3,9 +3,6 @@
 import importlib
 import json
 import os
-import socket
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -161,26 +158,6 @@ for name, value in (("a", wanted), ("b", initial["b"]["kernel"])):
 
 
 def test_two_processes_start_parameters_that_each_holds_a_part_of(tmp_path):
-  with socket.socket() as probe:
-    probe.bind(("127.0.0.1", 0))
-    port = str(probe.getsockname()[1])
-  flags = "--xla_force_host_platform_device_count=2"
-  children = [
-    subprocess.Popen(
-      [sys.executable, "-c", TWO_PROCESSES, str(i), port, str(tmp_path)],
-      cwd=runs.ROOT,
-      env={**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags},
-      stderr=subprocess.PIPE,
-      text=True,
-    )
-    for i in range(2)
-  ]
-  try:
-    errors = [child.communicate(timeout=120)[1] for child in children]
-  finally:
-    for child in children:
-      child.kill()
-  for child, error in zip(children, errors, strict=True):
-    assert child.returncode == 0, error[-3000:]
+  runs.two_processes(TWO_PROCESSES, tmp_path)
   report = json.loads((tmp_path / "loading.json").read_text())
   assert report["missing"] == ["b/kernel"]
