@@ -95,7 +95,7 @@ class Files(Source):
       known = " ".join(media_folder.EXTENSIONS)
       raise InputError(f"no media files in {path}; known are {known}")
     self.threads = threads or os.cpu_count() or 1
-    self._paths = {_readable(name): root / name for name in names}
+    self._paths = {media_folder.readable(name): root / name for name in names}
     super().__init__({i: _signature(p) for i, p in self._paths.items()})
 
   def batches(
@@ -144,11 +144,6 @@ class Files(Source):
         reason = f"{error.reason}: {reason}"
       self.failed[name] = reason
       return name, None
-
-
-def _readable(name: str) -> str:
-  """A path as text, whatever bytes it is made of."""
-  return os.fsencode(name).decode("utf-8", "backslashreplace")
 
 
 def _signature(path: pathlib.Path) -> str:

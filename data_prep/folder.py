@@ -8,6 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import tensorflow_datasets as tfds
 
+from avjax.data import media_folder
 from avjax.data.datasets import DATASETS
 from avjax.errors import InputError, lookup, unknown
 from data_prep import builder, media_files, tables, youtube
@@ -60,7 +61,11 @@ class Folder(builder.ClipBuilder):
     table = self._table()
     if table is None:
       paths = sorted(path for paths in files.values() for path in paths)
-      return {"train": [builder.Row(_text(path), path) for path in paths]}
+      return {
+        "train": [
+          builder.Row(media_folder.readable(path), path) for path in paths
+        ]
+      }
     return _clips(table, self.options.media, files)
 
   def _table(self) -> pathlib.Path | None:
@@ -71,11 +76,6 @@ class Folder(builder.ClipBuilder):
     if place is not None and not table.is_file():
       raise InputError(f"{place} holds no {TABLE}")
     return table if table.is_file() else None
-
-
-def _text(path: str) -> str:
-  """A path that can be stored: bytes that are no text are replaced."""
-  return path.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
 
 
 def _ids(paths: Iterable[str]) -> dict[str, str]:
@@ -115,7 +115,7 @@ def _clips(
   ids = _ids(names.values())
   splits: dict[str, list[builder.Row]] = {}
   for (split, file, start, end), (labels, captions) in clips.items():
-    row_id = _text(ids[names[file]]) + _cut(start, end)
+    row_id = media_folder.readable(ids[names[file]]) + _cut(start, end)
     splits.setdefault(split, []).append(
       builder.Row(row_id, file, start, end, tuple(labels), captions=captions)
     )

@@ -151,8 +151,7 @@ def _key(name: str) -> tuple[str, int]:
 def usable(split: records.Split) -> tuple[list[str], list[list[int]]]:
   """Ids and labels of the clips that have sound and pictures."""
   both = split.column("has_audio") & split.column("has_video")
-  ends = split.column("label_ends")
-  labels = np.split(split.column("label"), ends[:-1])
+  labels = split.labels()
   numbers = np.flatnonzero(both[: len(split)]).tolist()
   ids = split.column("id")[numbers].tolist()
   return ids, [labels[number].tolist() for number in numbers]

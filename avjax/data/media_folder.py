@@ -46,3 +46,8 @@ def walk(folder: str | os.PathLike) -> Iterator[str]:
 def is_media(name: str) -> bool:
   """Whether a file's name ends in one of EXTENSIONS, in any case."""
   return os.path.splitext(name)[1].lower() in EXTENSIONS
+
+
+def readable(path: str) -> str:
+  """A path as text that can be stored, whatever bytes it is made of."""
+  return os.fsencode(path).decode("utf-8", "backslashreplace")

@@ -176,6 +176,11 @@ class Split:
         self._columns[name] = arrays[name]
     return self._columns[name]
 
+  def labels(self) -> list[np.ndarray]:
+    """The class numbers of each clip, the main one first; may be empty."""
+    ends = self.column("label_ends")[: self._count]
+    return np.split(self.column("label"), ends)[: self._count]
+
   def label_weights(self) -> np.ndarray:
     """float64 [clips]: sum over labels of 1000 / (clips with it + 0.01).
 

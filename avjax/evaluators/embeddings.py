@@ -161,9 +161,5 @@ def _rows(
 
 
 def class_numbers(split: records.Split) -> list[np.ndarray]:
-  """The classes of each clip of a split, the main one first; may be empty."""
-  ends = split.column("label_ends")[: len(split)]
-  labels = split.column("label")
-  starts = np.concatenate([[0], ends[:-1]])
-  rows = [labels[a:b] for a, b in zip(starts, ends, strict=True)]
-  return [row[row >= 0] for row in rows]
+  """The classes of each clip of a split, those without a number left out."""
+  return [row[row >= 0] for row in split.labels()]
