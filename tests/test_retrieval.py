@@ -201,6 +201,8 @@ def test_padding_and_lacking_clips_are_left_out():
   assert found["a2v_R5"] == 1 and found["a2v_median_rank"] == 2
   assert found["v2a_R1"] == pytest.approx(1 / 3)
   assert found["v2a_tied"] == 0
+  # R5 and R10 are 1 in both directions.
+  assert found["sum_R"] == pytest.approx(2 / 3 + 4)
   assert evaluator._embedder._step._cache_size() == 1
 
 
@@ -326,7 +328,7 @@ def test_within_groups_of_classes(stored, tmp_path):
   names = records.class_names(stored[0].data)
   table.write_text("".join(f"{name},all\n" for name in names))
   everything, _ = on_stored(stored, within=str(table))
-  for name in ("a2v_R1", "v2a_R5", "a2v_median_rank"):
+  for name in ("a2v_R1", "v2a_R5", "a2v_median_rank", "sum_R"):
     assert everything[f"within_{name}"] == everything[name]
   groups, _ = on_stored(stored, within="group")
   assert found["a2v_R1"] < groups["within_a2v_R1"] < 1

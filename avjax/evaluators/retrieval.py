@@ -2,15 +2,16 @@
 
 Every clip with both modalities asks for its own other half among all of them,
 by cosine of `Method.embed`'s 'audio' and 'video', each made of inputs without
-the other modality. Scores, each for a2v (sound
-asks, pictures answer) and v2a:
+the other modality. Scores, those with a2v (sound asks, pictures answer) also
+for v2a:
 
 | score | meaning |
 |---|---|
 | `a2v_R1`, `a2v_R5`, `a2v_R10` | fraction of queries within the first |
 | `a2v_median_rank` | counted from 1 |
 | `a2v_tied` | fraction of queries with another item exactly as similar |
-| `within_a2v_R1`, … | the same among the clips of the query's group alone |
+| `sum_R` | R1, R5 and R10 of both directions added up, 0 to 6 |
+| `within_a2v_R1`, … | all these among the clips of the query's group alone |
 | `gallery` | clips that ask and are asked for |
 | `left_out` | clips that lack a modality |
 
@@ -18,6 +19,7 @@ How ties and broken embeddings count: `avjax.ranking.ranks`.
 """
 
 import csv
+import dataclasses
 import functools
 import pathlib
 from collections.abc import Mapping
@@ -26,18 +28,36 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
+from jaxtyping import Float, Int
 
 from avjax import ranking
 from avjax.data import demo, records
 from avjax.errors import InputError, lookup, unknown
 from avjax.evaluators import retrieval_pictures
 from avjax.evaluators.base import Context, Evaluator
-from avjax.evaluators.embeddings import Embedded, Embedder, class_numbers
+from avjax.evaluators.embeddings import Embedder, class_numbers
 from avjax.methods.base import Params
 
 # Coarse groups of classes that belong to a data set.
 GROUPS: dict[str, Mapping[str, str]] = {"av_demo": demo.GROUPS}
 DIRECTIONS = ("a2v", "v2a")
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+  """Embeddings, of length 1, of the clips that have both modalities.
+
+  Attributes:
+    audio: from the sound alone.
+    video: from the frames alone.
+    number: of the clip in the split.
+    left_out: how many clips lack a modality.
+  """
+
+  audio: Float[np.ndarray, "b d"]
+  video: Float[np.ndarray, "b d"]
+  number: Int[np.ndarray, "b"]
+  left_out: int
 
 
 class Retrieval(Evaluator):
@@ -70,24 +90,15 @@ class Retrieval(Evaluator):
     """Scores by name; draws pictures through the context.
 
     Raises:
-      InputError: no clip has both modalities, the method has no 'audio' and
-        'video' embeddings, or an option's file does not fit the split.
+      InputError: see `embed`; or the file of `within` does not fit the split.
     """
-    chosen = self._chosen() if self.subset else None
-    found = self._embedder.split(params, self.section, chosen)
-    both = found.has["audio"] & found.has["video"]
-    if not both.any():
-      raise InputError(
-        f"none of the {len(both)} clips of split {self.section.split!r} has "
-        "both modalities"
-      )
-    audio, video = found.values["audio"][both], found.values["video"][both]
-    number = found.number[both]
+    pairs = self.embed(params)
+    audio, video, number = pairs.audio, pairs.video, pairs.number
     ranks = ranking.ranks(audio, video)
     values = {
       **_scores("", ranks),
       "gallery": float(len(number)),
-      "left_out": float(_left_out(found)),
+      "left_out": float(pairs.left_out),
     }
     if self.within:
       groups = self._groups()[number]
@@ -97,12 +108,34 @@ class Retrieval(Evaluator):
       places = {"a2v": ranks.forward, "v2a": ranks.backward}
       for way in DIRECTIONS:
         picture = retrieval_pictures.draw(
-          way, *pair[way], places[way], number, self._show, self._title(step),
+          way, *pair[way], places[way], number, self.clips, self._title(step),
           count=self.pictures,
         )  # fmt: skip
         name = f"{self.section.split}_retrieval_{way}"
         self.context.picture(name, picture, step)
     return values
+
+  def embed(self, params: Params) -> Pairs:
+    """Both sides of every clip that counts.
+
+    Raises:
+      InputError: no clip has both modalities, the method has no 'audio' and
+        'video' embeddings, or the subset does not fit the split.
+    """
+    chosen = self._chosen() if self.subset else None
+    found = self._embedder.split(params, self.section, chosen)
+    both = found.has["audio"] & found.has["video"]
+    if not both.any():
+      raise InputError(
+        f"none of the {len(both)} clips of split {self.section.split!r} has "
+        "both modalities"
+      )
+    return Pairs(
+      found.values["audio"][both],
+      found.values["video"][both],
+      found.number[both],
+      int((~both).sum()),
+    )
 
   def _title(self, step: int) -> str:
     data = self.context.config.data
@@ -111,38 +144,40 @@ class Retrieval(Evaluator):
   # --- What the built split says of its clips ---
 
   @functools.cached_property
-  def _split(self) -> records.Split:
+  def built(self) -> records.Split:
+    """Records of the section's split."""
     data, section = self.context.config.data, self.section
     return records.Split(data, section.split, section.limit)
 
   @functools.cached_property
-  def _show(self) -> retrieval_pictures.Clips:
-    return retrieval_pictures.Clips(self._split, self.context.config.data)
+  def clips(self) -> retrieval_pictures.Clips:
+    """Pictures and names of the split's clips."""
+    return retrieval_pictures.Clips(self.built, self.context.config.data)
 
   def _chosen(self) -> np.ndarray:
     """Which clips of the split the subset names."""
     path = pathlib.Path(self.subset).expanduser()
     wanted = {row[0] for row in _rows(path)}
-    ids = self._split.column("id")[: len(self._split)]
+    ids = self.built.column("id")[: len(self.built)]
     chosen = np.isin(ids, list(wanted))
     missing = len(wanted) - int(chosen.sum())
     if not chosen.any():
       raise InputError(
         f"{path}: none of its {len(wanted)} ids is in split "
-        f"{self._split.name!r} of {self._split.folder}, whose first is "
+        f"{self.built.name!r} of {self.built.folder}, whose first is "
         f"{ids[0]!r}"
       )
     if missing:
       logging.warning(
         "%s: %d of its %d ids are not in split %s",
-        path, missing, len(wanted), self._split.name,
+        path, missing, len(wanted), self.built.name,
       )  # fmt: skip
     return chosen
 
   def _groups(self) -> np.ndarray:
     """The group of each clip of the split; '' = none."""
-    classes = self._split.metadata.get("classes", {}).get("label", ())
-    numbers = class_numbers(self._split)
+    classes = self.built.metadata.get("classes", {}).get("label", ())
+    numbers = class_numbers(self.built)
     names = [str(classes[row[0]]) if len(row) else "" for row in numbers]
     if self.within == "label":
       return np.array(names)
@@ -157,20 +192,18 @@ class Retrieval(Evaluator):
     return np.array([table[name] if name else "" for name in names])
 
 
-def _left_out(found: Embedded) -> int:
-  return int((~(found.has["audio"] & found.has["video"])).sum())
-
-
 def _scores(prefix: str, ranks: ranking.Ranks) -> dict[str, float]:
   ways = {
     "a2v": ranking.scores(ranks.forward, ranks.forward_tied),
     "v2a": ranking.scores(ranks.backward, ranks.backward_tied),
   }
-  return {
+  found = {
     f"{prefix}{way}_{name}": value
     for way, values in ways.items()
     for name, value in values.items()
   }
+  recalls = [v[f"R{k}"] for v in ways.values() for k in ranking.TOPS]
+  return {**found, f"{prefix}sum_R": sum(recalls)}
 
 
 def _rows(path: pathlib.Path) -> list[list[str]]:
