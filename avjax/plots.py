@@ -34,6 +34,7 @@ COLOURS = (
 )
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 REMOVED = 160  # grey level of what is masked
+LOG_SPAN = 20  # places that span more have a logarithmic axis
 
 
 def to_array(figure: Figure) -> Picture:
@@ -308,6 +309,93 @@ def line_plot(
   return to_array(figure)
 
 
+@dataclasses.dataclass(frozen=True)
+class Curve:
+  """Means and standard deviations by place; x of () draws the one y across."""
+
+  x: Sequence[Number]
+  y: Sequence[Number]
+  spread: Sequence[Number]
+
+
+def curve_panels(
+  panels: Mapping[str, Mapping[str, Curve]],
+  *,
+  title: str = "",
+  x_label: str = "",
+  lines: Sequence[Number] = (),
+) -> Picture:
+  """Panels of curves side by side, with one legend below.
+
+  A curve has the same colour in all panels. Its band and error bars are the
+  standard deviation. Where the places span more than `LOG_SPAN` times, their
+  axis is logarithmic.
+
+  Args:
+    panels: heading -> label -> curve.
+    title: above all.
+    x_label: of the horizontal axes, with its unit.
+    lines: the score of guessing in each panel, drawn as chance; 0 is not. Far
+      from the curves it is written into the heading, so that they stay tall.
+  """
+  across = {4: 2}.get(len(panels), min(3, len(panels)))
+  down = -(-len(panels) // across)
+  size = (max(6.4, 4.4 * across), 3.5 * down + 0.7)
+  figure = Figure(size, dpi=DPI, layout="constrained")
+  figure.suptitle(title, fontsize=10)
+  axes = figure.subplots(down, across, squeeze=False).flatten().tolist()
+  names = list(dict.fromkeys(n for panel in panels.values() for n in panel))
+  for place, (heading, panel) in enumerate(panels.items()):
+    axis = axes[place]
+    _dress(axis, heading, x_label, "")
+    _ticks(axis, sorted({x for curve in panel.values() for x in curve.x}))
+    for name, curve in panel.items():
+      _curve(axis, name, curve, names.index(name))
+    if place < len(lines) and lines[place]:
+      _chance(axis, lines[place])
+  for axis in axes[len(panels) :]:
+    axis.set_axis_off()
+  _legend_below(figure, axes, size[0])
+  return to_array(figure)
+
+
+def _curve(axis: Any, label: str, curve: Curve, number: int) -> None:
+  colour = COLOURS[number % len(COLOURS)]
+  order = np.argsort(np.asarray(curve.x, float), kind="stable")
+  y, spread = np.asarray(curve.y, float), np.asarray(curve.spread, float)
+  if not len(curve.x):
+    axis.axhline(y[0], color=colour, ls="-.", lw=1.5, label=label)
+    axis.axhspan(
+      y[0] - spread[0], y[0] + spread[0], color=colour, alpha=0.1, lw=0
+    )
+    return
+  x, y, spread = np.asarray(curve.x, float)[order], y[order], spread[order]
+  axis.errorbar(
+    x, y, np.where(spread > 0, spread, np.nan), color=colour, lw=1.5,
+    marker=MARKERS[number % len(MARKERS)], markersize=5, elinewidth=0.8,
+    capsize=2, label=label,
+  )  # fmt: skip
+  axis.fill_between(x, y - spread, y + spread, color=colour, alpha=0.12, lw=0)
+
+
+def _ticks(axis: Any, places: Sequence[Number]) -> None:
+  """The places themselves where they are few."""
+  if places and places[0] > 0 and places[-1] > LOG_SPAN * places[0]:
+    axis.set_xscale("log")
+    axis.minorticks_off()
+  if 0 < len(places) <= 10:
+    axis.set_xticks(places, [f"{place:g}" for place in places])
+
+
+def _chance(axis: Any, height: Number) -> None:
+  low, high = axis.get_ylim()
+  if low - (high - low) <= height <= high + (high - low):
+    _reference(axis, height)
+  else:
+    heading = f"{axis.get_title()} (chance {height:.3g})"
+    axis.set_title(heading, fontsize=10)
+
+
 def bar_plot(
   labels: Sequence[str],
   series: Mapping[str, Sequence[tuple[Number, Number]]],
@@ -353,7 +441,7 @@ def bar_plot(
   else:
     _reference(axis, line)
   if len(series) > 1 or line is not None:
-    _legend_below(figure, axis, width)
+    _legend_below(figure, [axis], width)
   return to_array(figure)
 
 
@@ -362,6 +450,11 @@ def _axes(
 ) -> tuple[Figure, Any]:
   figure = Figure((width, height), dpi=DPI, layout="constrained")
   axis = figure.subplots()
+  _dress(axis, title, x_label, y_label)
+  return figure, axis
+
+
+def _dress(axis: Any, title: str, x_label: str, y_label: str) -> None:
   axis.set_title(title, fontsize=10)
   axis.set_xlabel(x_label, fontsize=9)
   axis.set_ylabel(y_label, fontsize=9)
@@ -369,7 +462,6 @@ def _axes(
   axis.spines[["top", "right"]].set_visible(False)
   axis.grid(axis="y", alpha=0.3, lw=0.6)
   axis.set_axisbelow(True)
-  return figure, axis
 
 
 def _reference(axis: Any, line: Number | None) -> None:
@@ -377,14 +469,16 @@ def _reference(axis: Any, line: Number | None) -> None:
     axis.axhline(line, color="0.4", ls="--", lw=1, label="chance")
 
 
-def _legend_below(figure: Figure, axis: Any, width: Number) -> None:
+def _legend_below(figure: Figure, axes: Sequence[Any], width: Number) -> None:
   """Under the axes: bars leave no room that is surely free. Chance is last."""
-  handles, names = axis.get_legend_handles_labels()
-  order = sorted(range(len(names)), key=lambda i: names[i] == "chance")
+  shown: dict[str, Any] = {}
+  for axis in axes:
+    shown |= dict(zip(*reversed(axis.get_legend_handles_labels()), strict=True))
+  names = sorted(shown, key=lambda name: name == "chance")
   entry = max(len(name) for name in names) * 0.07 + 0.6  # inches
   figure.legend(
-    [handles[i] for i in order],
-    [names[i] for i in order],
+    [shown[name] for name in names],
+    names,
     fontsize=8,
     frameon=False,
     loc="outside lower center",

@@ -4,7 +4,8 @@ python -m avjax.sweep --study=configs/studies/avmae_demo.py --output=DIR
 
 A study file defines `get_study() -> Study`. Every run is a process of its own
 in `DIR/runs/<row>/<seed>`; a second call goes on where the first stopped.
-Results: DIR/results.csv, DIR/results.md, DIR/results.png.
+Results: DIR/results.csv, DIR/results.md, DIR/results.png; and
+DIR/results_curves.png where rows are points of curves.
 """
 
 import csv
@@ -23,6 +24,9 @@ from absl import flags
 
 from avjax import commands, report
 from avjax.errors import InputError
+
+# A row's name and (mean, standard deviation, runs) per metric.
+Summary = tuple[str, list[tuple[float, float, int]]]
 
 # Appended by --smoke: shows that every row runs, and nothing else.
 SMOKE = (
@@ -43,6 +47,13 @@ class Row:
       names, or ''; or `audio:ROW,video:ROW`.
     stages: of a staged config.
     shown: whether the row appears in the results.
+    curve: the curve that the row is a point of, or ''; several, which share
+      the point, are separated by commas.
+    x: its place on the horizontal axis; None = a curve of this one row, drawn
+      across as a line to compare with.
+
+  Raises:
+    InputError: an x without a curve.
   """
 
   name: str
@@ -51,6 +62,12 @@ class Row:
   start: str = ""
   stages: Sequence[str] = ()
   shown: bool = True
+  curve: str = ""
+  x: float | int | None = None
+
+  def __post_init__(self):
+    if self.x is not None and not self.curve:
+      raise InputError(f"row {self.name!r} has x={self.x:g}, but no curve")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,9 +81,11 @@ class Study:
     chance: score of guessing, one for all metrics or one per metric; drawn
       as lines.
     headings: of the metrics in the table and the plot; () = their names.
+    axis: label of the curves' horizontal axis.
 
   Raises:
-    InputError: another number of chances or headings than of metrics.
+    InputError: another number of chances or headings than of metrics, or two
+      rows at one place of a curve.
   """
 
   title: str
@@ -74,6 +93,7 @@ class Study:
   metrics: Sequence[str]
   chance: float | Sequence[float] = 0.0
   headings: Sequence[str] = ()
+  axis: str = ""
 
   def __post_init__(self):
     for key in ("chances", "columns"):
@@ -82,6 +102,23 @@ class Study:
           f"study {self.title!r}: {len(getattr(self, key))} {key} for "
           f"{len(self.metrics)} metrics"
         )
+    for name, rows in self.curves.items():
+      places = [row.x for row in rows]
+      if len(set(places)) < len(places) or (None in places and len(places) > 1):
+        raise InputError(
+          f"study {self.title!r}: rows {', '.join(row.name for row in rows)} "
+          f"of curve {name!r} have x={', '.join(map(str, places))}; each needs "
+          "an x of its own"
+        )
+
+  @property
+  def curves(self) -> dict[str, list[Row]]:
+    """Rows that are shown by curve."""
+    found: dict[str, list[Row]] = {}
+    for row in self.rows:
+      for name in row.curve.split(",") if row.curve and row.shown else ():
+        found.setdefault(name.strip(), []).append(row)
+    return found
 
   @property
   def chances(self) -> tuple[float, ...]:
@@ -202,9 +239,7 @@ def run_row(
   return {"row": row.name, "seed": seed, "seconds": seconds, **scores}
 
 
-def summary(
-  study: Study, records: Sequence[dict[str, Any]]
-) -> list[tuple[str, list[tuple[float, float, int]]]]:
+def summary(study: Study, records: Sequence[dict[str, Any]]) -> list[Summary]:
   """(row, [(mean, standard deviation, runs) per metric]) of shown rows.
 
   A metric that no run of a row has is (not a number, 0, 0).
@@ -227,13 +262,18 @@ def summary(
 
 
 def write(study: Study, records: Sequence[dict[str, Any]], output: Any) -> None:
-  """results.csv, results.md and results.png."""
+  """results.csv, results.md, results.png and results_curves.png."""
   from avjax import plots
 
-  keys = sorted({key for record in records for key in record})
-  keys = ["row", "seed"] + [k for k in keys if k not in ("row", "seed")]
+  first = ["row", "seed"]
+  if study.curves:
+    # None is an empty cell.
+    place = {r.name: {"curve": r.curve, "x": r.x} for r in study.rows}
+    records = [{**record, **place[record["row"]]} for record in records]
+    first += ["curve", "x"]
+  keys = sorted({key for record in records for key in record} - set(first))
   with (output / "results.csv").open("w", newline="") as file:
-    writer = csv.DictWriter(file, keys)
+    writer = csv.DictWriter(file, [*first, *keys])
     writer.writeheader()
     writer.writerows(records)
   rows = summary(study, records)
@@ -249,11 +289,33 @@ def write(study: Study, records: Sequence[dict[str, Any]], output: Any) -> None:
       line=study.chance,
     ),
   )
+  if panels := curves(study, rows):
+    picture = plots.curve_panels(
+      panels, title=study.title, x_label=study.axis, lines=study.chances
+    )
+    plots.save(output / "results_curves.png", picture)
 
 
-def table(
-  study: Study, rows: Sequence[tuple[str, list[tuple[float, float, int]]]]
-) -> str:
+def curves(study: Study, rows: Sequence[Summary]) -> dict[str, dict[str, Any]]:
+  """Heading -> curve -> `plots.Curve` of a `summary`; {} without curves."""
+  from avjax import plots
+
+  cells = dict(rows)
+  panels: dict[str, dict[str, Any]] = {}
+  for i, heading in enumerate(study.columns):
+    panel = {}
+    for name, members in study.curves.items():
+      # Where no run has the metric there is no point.
+      members = [r for r in members if r.name in cells and cells[r.name][i][2]]
+      if members:
+        mean, spread, _ = zip(*(cells[r.name][i] for r in members), strict=True)
+        x = [r.x for r in members if r.x is not None]
+        panel[name] = plots.Curve(x, mean, spread)
+    panels[heading] = panel
+  return panels if any(panels.values()) else {}
+
+
+def table(study: Study, rows: Sequence[Summary]) -> str:
   """Markdown of a `summary`."""
   lines = [
     f"# {study.title}", "",

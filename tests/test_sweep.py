@@ -1,6 +1,7 @@
 """Studies: what is run, what is kept, what is written."""
 
 import csv
+import dataclasses
 import importlib
 import json
 import pathlib
@@ -9,6 +10,7 @@ import matplotlib.image as plt
 import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
 
 from avjax import plots, sweep
 from avjax.errors import InputError
@@ -118,6 +120,105 @@ def test_as_many_chances_as_metrics():
     Study("x", (), ("a", "b"), chance=(0.1, 0.2, 0.3))
   with pytest.raises(InputError, match="1 columns for 2 metrics"):
     Study("x", (), ("a", "b"), headings=("A",))
+
+
+def curve_rows(*places, name="line"):
+  return tuple(Row(f"{name}_{x}", "c.py", curve=name, x=x) for x in places)
+
+
+def test_curves_of_a_study(tmp_path, monkeypatch):
+  study = Study(
+    title="by threshold",
+    rows=(
+      Row("apart", "c.py"),
+      Row("plain", "c.py", curve="plain"),
+      *curve_rows(0.9, 0.1),
+      *curve_rows(0.9, name="other"),
+      Row("both", "c.py", curve="line, other", x=0.5),
+    ),
+    metrics=("test/R1", "test/R10"),
+    chance=(0.25, 0.01),
+    axis="threshold",
+  )
+  scores = {"apart": 0.3, "plain": 0.2, "line_0.9": 0.6, "both": 0.7}
+  records = [
+    {"row": row, "seed": seed, "seconds": 1.0, "test/R1": score + seed / 10}
+    for row, score in scores.items()
+    for seed in (0, 1)
+  ]
+  # Of curve `other` one point, of row line_0.1 the other metric alone.
+  records.append({"row": "line_0.1", "seed": 0, "test/R10": 0.5})
+  kept = {}
+  draw = plots.curve_panels
+  monkeypatch.setattr(
+    plots, "curve_panels", lambda *a, **k: draw(kept.update(*a) or a[0], **k)
+  )
+  sweep.write(study, records, tmp_path)
+  assert {n: (c.x, c.y) for n, c in kept["test/R1"].items()} == {
+    "plain": ([], (pytest.approx(0.25),)),
+    "line": ([0.9, 0.5], (pytest.approx(0.65), pytest.approx(0.75))),
+    "other": ([0.5], (pytest.approx(0.75),)),
+  }
+  assert kept["test/R1"]["plain"].spread == pytest.approx((0.1 / 2**0.5,))
+  assert set(kept["test/R10"]) == {"line"}
+  with (tmp_path / "results.csv").open() as file:
+    lines = list(csv.DictReader(file))
+  assert list(lines[0])[:4] == ["row", "seed", "curve", "x"]
+  assert [(r["curve"], r["x"]) for r in lines[::2]] == [
+    ("", ""), ("plain", ""), ("line", "0.9"), ("line, other", "0.5"),
+    ("line", "0.1"),
+  ]  # fmt: skip
+  assert "| line_0.9 | 0.650 ± 0.071 |" in (tmp_path / "results.md").read_text()
+  image = plt.imread(tmp_path / "results_curves.png")[..., :3]
+  near = [np.abs(image - to_rgb(c)).max(-1) < 0.1 for c in plots.COLOURS[:4]]
+  across = [max(np.ptp(np.flatnonzero(row)) for row in n if row.any())
+            for n in near[:2]]  # fmt: skip
+  # The curve of one row reaches from edge to edge of its panel.
+  assert across[0] > 0.4 * image.shape[1] > across[1]
+  assert near[2].any() and not near[3].any()
+
+
+def test_without_curves_no_picture_of_them(tmp_path):
+  records = [{"row": "first", "seed": 0, "test/top1": 0.5}]
+  sweep.write(STUDY, records, tmp_path)
+  assert (tmp_path / "results.png").exists()
+  assert not (tmp_path / "results_curves.png").exists()
+  header = (tmp_path / "results.csv").read_text().splitlines()[0]
+  assert header == "row,seed,test/top1"
+
+
+@pytest.mark.parametrize(
+  "places, scale",
+  [((1, 20), "linear"), ((1, 21), "log"), ((0, 21), "linear")],
+)
+def test_a_wide_axis_is_logarithmic(places, scale):
+  axis = Figure().subplots()
+  plots._ticks(axis, places)
+  assert axis.get_xscale() == scale
+  assert [text.get_text() for text in axis.get_xticklabels()] == [
+    str(place) for place in places
+  ]
+
+
+def test_far_chance_is_written_near_chance_drawn():
+  curve = plots.Curve((0, 1), (0.5, 0.6), (0.0, 0.0))
+  axes = Figure().subplots(1, 2)
+  for axis, chance in zip(axes, (0.45, 0.05), strict=True):
+    plots._dress(axis, "R@1", "", "")
+    plots._curve(axis, "a", curve, 0)
+    plots._chance(axis, chance)
+  assert [axis.get_title() for axis in axes] == ["R@1", "R@1 (chance 0.05)"]
+  assert len(axes[0].lines) == len(axes[1].lines) + 1
+
+
+def test_bad_curves_are_refused():
+  with pytest.raises(InputError, match="row 'a' has x=0.5, but no curve"):
+    Row("a", "c.py", x=0.5)
+  for rows in (curve_rows(1, 1.0), curve_rows(1, None)):
+    with pytest.raises(InputError, match="of curve 'line' have x=1, "):
+      Study("x", rows, ())
+  hidden = dataclasses.replace(curve_rows(1)[0], shown=False)
+  assert Study("x", (hidden, *curve_rows(1)), ()).curves["line"][0].shown
 
 
 def test_recall_among_240_clips_has_two_chances():
