@@ -3,8 +3,16 @@
 from setuptools import find_packages, setup
 
 TORCH = "torch==2.13.0"
-TEST = [
+# CLAP and YOLOv8 (AGPL-3.0) for object scores; this Ultralytics brings the
+# headless OpenCV that is used here. torchvision must be the one made for TORCH.
+LABELS = [
   TORCH,
+  "torchvision==0.28.*",
+  "transformers>=4.50",
+  "ultralytics-opencv-headless>=8.4",
+]
+TEST = [
+  *LABELS,
   "apache-beam>=2.60",
   "beartype>=0.19",
   "kaldi-native-fbank>=1.22",
@@ -58,7 +66,7 @@ setup(
     # Reads .pth files. Add --index-url=https://download.pytorch.org/whl/cpu
     # for the CPU's wheel: PyPI's brings CUDA along, several GB.
     "torch": [TORCH],
-    "labels": ["transformers>=4.50", "ultralytics>=8.3"],
+    "labels": LABELS,
     "parquet": ["pyarrow>=17"],
     "beam": ["apache-beam>=2.60"],
     "test": TEST,
