@@ -15,7 +15,6 @@ import numpy as np
 from jaxtyping import Float, UInt8
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 Picture = UInt8[np.ndarray, "_ _ 3"]
 Number = float | int
@@ -158,81 +157,6 @@ def spectrograms(
   axes[-1].tick_params(labelsize=8)
   _title(figure, title)
   return to_array(figure)
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-  """An image with a line or two below it; `framed` marks the right one."""
-
-  image: Picture
-  text: str = ""
-  framed: bool = False
-
-
-def cell_grid(
-  rows: Sequence[tuple[str, Sequence[Cell]]],
-  *,
-  columns: Sequence[str] = (),
-  title: str = "",
-  cell: Number = 1.7,
-) -> Picture:
-  """Images with captions in rows with a label each; the first column is set
-  apart by a line.
-
-  Args:
-    rows: a label and cells each, all with images of the first one's
-      proportions; rows may differ in length.
-    columns: headings.
-    title: above all.
-    cell: width of an image in inches.
-  """
-  across = max(len(cells) for _, cells in rows)
-  first = rows[0][1][0].image
-  tall = cell * first.shape[0] / first.shape[1]
-  gap, text, margin = 0.12, 0.42, 1.15  # inches
-  head = 0.34 * bool(title) + 0.26 * bool(columns) + 0.05
-  width = margin + across * (cell + gap) + gap
-  height = head + len(rows) * (tall + text)
-  figure = Figure((width, height), dpi=DPI)
-  for line, (label, cells) in enumerate(rows):
-    top = height - head - line * (tall + text)
-    figure.text(
-      0.08 / width, (top - tall / 2) / height, label, va="center", fontsize=9
-    )
-    for place, item in enumerate(cells):
-      left = margin + place * (cell + gap) + gap * (place > 0)
-      box = (left / width, (top - tall) / height, cell / width, tall / height)
-      _cell(figure.add_axes(box), item)
-  for place, heading in enumerate(columns):
-    left = margin + place * (cell + gap) + gap * (place > 0) + cell / 2
-    y = (height - head + 0.05) / height
-    figure.text(left / width, y, heading, ha="center", fontsize=9)
-  line = (margin + cell + gap) / width
-  figure.add_artist(
-    Line2D((line, line), (0.01, 1 - (head - 0.2) / height), color="0.7", lw=1)
-  )
-  _title(figure, title)
-  return to_array(figure)
-
-
-def _cell(axis: Any, item: Cell) -> None:
-  axis.imshow(item.image, interpolation="bilinear", aspect="auto")
-  axis.set_xticks([])
-  axis.set_yticks([])
-  axis.spines[:].set_visible(item.framed)
-  axis.spines[:].set(color=COLOURS[2], linewidth=5)
-  axis.text(
-    0.5,
-    -0.03,
-    item.text,
-    transform=axis.transAxes,
-    ha="center",
-    va="top",
-    fontsize=8,
-    color=COLOURS[2] if item.framed else "0",
-    fontweight="bold" if item.framed else "normal",
-    parse_math=False,
-  )
 
 
 def heat(values: Float[np.ndarray, "_ _"]) -> Picture:

@@ -10,10 +10,11 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from avjax import evaluators, plots, ranking
+from avjax import evaluators, ranking
 from avjax.config import base_config, eval_section
 from avjax.data import augment, pipeline, records
 from avjax.errors import InputError
+from avjax.evaluators import retrieval_pictures
 from avjax.evaluators.base import Context
 from avjax.methods.base import Method
 from avjax.workdir import workdir
@@ -351,8 +352,9 @@ def test_pictures_of_the_best_and_the_worst(stored):
 
 
 def test_cells_of_a_row_may_be_fewer(tmp_path):
-  cell = plots.Cell(np.zeros((4, 8, 3), np.uint8), "a $ b\nc", framed=True)
-  image = plots.cell_grid(
+  black = np.zeros((4, 8, 3), np.uint8)
+  cell = retrieval_pictures.Cell(black, "a $ b\nc", retrieval_pictures.OWN)
+  image = retrieval_pictures.cell_grid(
     [("one", [cell, cell]), ("two", [cell])], columns=["q", "1."], title="t"
   )
   assert image.shape[1] > image.shape[0]

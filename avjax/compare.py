@@ -1,0 +1,374 @@
+"""What several models retrieve for the same queries, side by side.
+
+python -m avjax.compare --workdirs=runs/a,runs/b --output=DIR
+python -m avjax.compare --workdirs=runs/a,runs/b --names=CAV-MAE,DETECLAP
+    --output=DIR --split=test --count=6 --top=3
+
+Every run is evaluated as `avjax.evaluate` does with its config's retrieval
+section. Files in DIR:
+
+| file | |
+|---|---|
+| `comparison_a2v.png`, `comparison_v2a.png` | queries, each model's first |
+| `comparison.csv` | every query's id, direction and rank by model |
+| `comparison.md` | recalls, and in how many queries each model is ahead |
+
+The pictures show queries of two sorts, named in each row: those that the last
+model ranks better than the first by the largest factor, and those drawn at
+random, the same with every call, which show the usual case.
+"""
+
+import csv
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags, logging
+from jaxtyping import Bool, Float
+
+from avjax import (
+  commands,
+  evaluate,
+  evaluators,
+  experiment,
+  initialise,
+  plots,
+  ranking,
+)
+from avjax import config as config_lib
+from avjax.checkpoint import restore_params
+from avjax.errors import InputError, unknown
+from avjax.evaluators import retrieval_pictures as pictures
+from avjax.evaluators.base import Context
+from avjax.evaluators.retrieval import DIRECTIONS, Pairs, Retrieval
+
+SEED = 0  # of the queries at random
+
+
+@dataclasses.dataclass(frozen=True)
+class Ranked:
+  """A model's embeddings and ranks, sorted by the clips' ids.
+
+  Attributes:
+    name: of the model.
+    data: name of the data set and of the split.
+    pairs: embeddings.
+    ids: of the clips.
+    ranks: direction -> rank of each query's own item, from 1.
+    clips: where the pictures come from.
+  """
+
+  name: str
+  data: tuple[str, str]
+  pairs: Pairs
+  ids: Sequence[str]
+  ranks: Mapping[str, Float[np.ndarray, "b"]]
+  clips: pictures.Clips
+
+
+# --- Every model by itself ---
+
+
+def rank(
+  path: Any,
+  name: str,
+  *,
+  evaluation: str = "retrieval",
+  split: str = "",
+  settings: Sequence[str] = (),
+) -> Ranked:
+  """Embeds a run's split and ranks it.
+
+  Args:
+    path: a run's folder, a stage of it, or one checkpoint.
+    name: of the model.
+    evaluation: entry of the config's `evals` that says split, subset, limit
+      and views.
+    split: instead of that entry's; '' = that one.
+    settings: `key=value`, see `avjax.evaluate.with_settings`.
+
+  Raises:
+    InputError: no such run, or none that can retrieve.
+  """
+  run, step = initialise.locate(path)
+  config = config_lib.from_plain(run.read_config())
+  if evaluation not in config.evals:
+    raise unknown(f"evaluation of {path}", evaluation, config.evals)
+  section = config.evals[evaluation]
+  if section.type != "retrieval":
+    raise InputError(
+      f"{path}: its evaluation {evaluation!r} is of type {section.type!r}, not "
+      "'retrieval'"
+    )
+  chosen = [f"evals.{evaluation}.split={split}"] if split else []
+  evaluate.with_settings(config, [*chosen, *settings])
+  setup = experiment.build(config)
+  context = Context(
+    config=config,
+    method=setup.method,
+    prepare=setup.prepare,
+    batches=lambda section: evaluate.batches(setup, section),
+    workdir=run,
+    picture=lambda name, picture, step: None,
+  )
+  step, params = restore_params(run.checkpoints, step)
+  shardings = jax.tree.map(lambda x: x.sharding, setup.state_shapes["params"])
+  params = jax.device_put(experiment.live(config, params), shardings)
+  evaluator = evaluators.make(context, section)
+  try:
+    pairs = evaluator.embed(params)
+  except InputError as error:
+    raise InputError(f"{path}: {error}") from error
+  logging.info("%s: step %d of %s", name, step, run.root)
+  return _ranked(name, evaluator, pairs)
+
+
+def _ranked(name: str, evaluator: Retrieval, pairs: Pairs) -> Ranked:
+  ids = evaluator.built.column("id")[pairs.number]
+  order = np.argsort(ids, kind="stable")
+  pairs = dataclasses.replace(
+    pairs,
+    audio=pairs.audio[order],
+    video=pairs.video[order],
+    number=pairs.number[order],
+  )
+  both = ranking.ranks(pairs.audio, pairs.video)
+  return Ranked(
+    name,
+    (evaluator.context.config.data.name, evaluator.section.split),
+    pairs,
+    [str(i) for i in ids[order]],
+    {"a2v": both.forward, "v2a": both.backward},
+    evaluator.clips,
+  )
+
+
+# --- Together ---
+
+
+def check(models: Sequence[Ranked]) -> None:
+  """Refuses models that were asked for different clips.
+
+  Raises:
+    InputError: says in what they differ.
+  """
+  first = models[0]
+  for other in models[1:]:
+    for what, a, b in zip(
+      ("data set", "split"), first.data, other.data, strict=True
+    ):
+      if a != b:
+        raise InputError(
+          f"{first.name} and {other.name} differ in their {what}: {a!r} and "
+          f"{b!r}"
+        )
+    if first.ids != other.ids:
+      common = len(set(first.ids) & set(other.ids))
+      raise InputError(
+        f"{first.name} and {other.name} differ in their clips: "
+        f"{len(first.ids)} and {len(other.ids)}, {common} of them in both; "
+        "see data.dir, and subset and limit of the evaluation"
+      )
+
+
+def choose(
+  first: Float[np.ndarray, "b"], last: Float[np.ndarray, "b"], count: int
+) -> list[tuple[str, int]]:
+  """(sort, query) of at most `count` queries.
+
+  Half of them (rounded down) are drawn at random from all; the others are
+  those with the largest factor between the two ranks, if it is above 1.
+
+  Args:
+    first: ranks by the first model.
+    last: ranks by the last model.
+    count: of both sorts together.
+  """
+  random = np.random.default_rng(SEED).choice(
+    len(first), min(count // 2, len(first)), replace=False
+  )
+  better = first > last
+  factor = np.divide(first, last, out=np.zeros_like(first), where=better)
+  factor[random] = 0.0
+  order = np.argsort(-factor, kind="stable")[: count - len(random)]
+  return [
+    *(("improved most", int(query)) for query in order if factor[query] > 0),
+    *(("at random", int(query)) for query in random),
+  ]
+
+
+def draw(
+  models: Sequence[Ranked], way: str, *, count: int, top: int
+) -> plots.Picture:
+  """Rows of queries, each with the first of every model and its ranks."""
+  shown = models[-1]
+  top = min(top, len(shown.ids))
+  names = [pictures.shortened(model.name) for model in models]
+  rows = []
+  chosen = choose(models[0].ranks[way], shown.ranks[way], count)
+  for sort, query in chosen:
+    lines = [sort, "", "rank of its own", f"among {len(shown.ids)}:", ""]
+    cells = [pictures.asking(way, shown.clips, int(shown.pairs.number[query]))]
+    for name, model in zip(names, models, strict=True):
+      lines.append(f"{name} {model.ranks[way][query]:.0f}")
+      cells += pictures.answers(
+        way, _similar(model.pairs, way, query), query, shown.pairs.number,
+        shown.clips, top=top, own=False,
+      )  # fmt: skip
+    rows.append(("\n".join(lines), cells))
+  words, asking = pictures.WORDS[way]
+  places = [f"{name}, {k + 1}." for name in names for k in range(top)]
+  return pictures.cell_grid(
+    rows,
+    columns=[asking, *places],
+    title=f"{', split '.join(shown.data)}: {words}; {pictures.LEGEND}",
+    breaks=[1 + top * number for number in range(len(models))],
+  )
+
+
+def _similar(pairs: Pairs, way: str, query: int) -> Float[np.ndarray, "b"]:
+  if way == "a2v":
+    return pairs.video @ pairs.audio[query]
+  return pairs.audio @ pairs.video[query]
+
+
+def ahead(
+  models: Sequence[Ranked], way: str
+) -> Mapping[str, Bool[np.ndarray, "b"]]:
+  """Name -> where this model alone has the best rank."""
+  ranks = np.stack([model.ranks[way] for model in models])
+  best = ranks == ranks.min(axis=0)
+  alone = best & (best.sum(axis=0) == 1)
+  return {model.name: alone[i] for i, model in enumerate(models)}
+
+
+def table(models: Sequence[Ranked]) -> str:
+  """Markdown: recalls by direction and model, and how often each is ahead."""
+  tops = [f"R@{top}" for top in ranking.TOPS]
+  lines = [
+    f"| direction | model | {' | '.join(tops)} | ahead |",
+    "|---" * (len(tops) + 3) + "|",
+  ]
+  count = len(models[0].ids)
+  for way in DIRECTIONS:
+    alone = ahead(models, way)
+    for model in models:
+      recalls = [f"{(model.ranks[way] <= k).mean():.3f}" for k in ranking.TOPS]
+      lines.append(
+        f"| {way} | {model.name} | {' | '.join(recalls)} | "
+        f"{alone[model.name].sum()} of {count} |"
+      )
+  return "\n".join([*lines, ""])
+
+
+def write(
+  models: Sequence[Ranked], output: Any, *, count: int, top: int
+) -> str:
+  """Writes the files into a folder; returns `table`."""
+  output = pathlib.Path(output).expanduser()
+  output.mkdir(parents=True, exist_ok=True)
+  with (output / "comparison.csv").open("w", newline="") as file:
+    writer = csv.writer(file)
+    writer.writerow(["id", "direction", *(model.name for model in models)])
+    for way in DIRECTIONS:
+      for query, name in enumerate(models[0].ids):
+        places = [f"{model.ranks[way][query]:.0f}" for model in models]
+        writer.writerow([name, way, *places])
+  text = table(models)
+  (output / "comparison.md").write_text(text)
+  for way in DIRECTIONS:
+    picture = draw(models, way, count=count, top=top)
+    plots.save(output / f"comparison_{way}.png", picture)
+  return text
+
+
+def compare(
+  paths: Sequence[str],
+  output: Any,
+  *,
+  names: Sequence[str] = (),
+  count: int = 6,
+  top: int = 3,
+  **options: Any,
+) -> str:
+  """Ranks, checks and writes.
+
+  Args:
+    paths: of the runs; the last is compared with the first.
+    output: folder.
+    names: of the models; () = the last parts of the paths.
+    count: rows of each picture.
+    top: how many of each model's first are shown.
+    **options: of `rank`.
+
+  Returns:
+    Markdown of `table`.
+
+  Raises:
+    InputError: fewer than two runs, other names than runs, or runs that
+      cannot be compared.
+  """
+  if len(paths) < 2:
+    raise InputError(
+      f"--workdirs names {len(paths)} run; a comparison needs two or more"
+    )
+  names = names or _names(paths)
+  if len(names) != len(paths):
+    raise InputError(f"{len(names)} names for {len(paths)} workdirs")
+  if len(set(names)) < len(names):
+    raise InputError(f"names {', '.join(names)}: each must be another")
+  for flag, value in (("count", count), ("top", top)):
+    if value < 1:
+      raise InputError(f"--{flag}={value} must be at least 1")
+  models = [
+    rank(path, name, **options) for path, name in zip(paths, names, strict=True)
+  ]
+  check(models)
+  return write(models, output, count=count, top=top)
+
+
+def _names(paths: Sequence[str]) -> list[str]:
+  """The parts in which the paths differ."""
+  parts = [pathlib.Path(path).parts for path in paths]
+  common = 0
+  while len({p[common : common + 1] for p in parts}) == 1 and common < min(
+    map(len, parts)
+  ):
+    common += 1
+  return ["/".join(p[common:]) or str(pathlib.Path(*p)) for p in parts]
+
+
+def main(argv: list[str]) -> None:
+  """Prints the table and where the pictures are."""
+  del argv
+  values = flags.FLAGS
+  text = compare(
+    values.workdirs,
+    values.output,
+    names=values.names,
+    count=values.count,
+    top=values.top,
+    evaluation=values.eval,
+    split=values.split,
+    settings=values["set"].value,
+  )
+  print(text)
+  for way in DIRECTIONS:
+    print(pathlib.Path(values.output) / f"comparison_{way}.png")
+
+
+if __name__ == "__main__":
+  flags.DEFINE_list("workdirs", None, "Two runs or more, comma separated.")
+  flags.DEFINE_list("names", [], "Of the models; default from the paths.")
+  flags.DEFINE_string("output", None, "Folder of the files.")
+  flags.DEFINE_string("eval", "retrieval", "Entry of the configs' evals.")
+  flags.DEFINE_string("split", "", "Instead of the one that the entry names.")
+  flags.DEFINE_integer("count", 6, "Rows of each picture.")
+  flags.DEFINE_integer("top", 3, "How many of each model's first are shown.")
+  flags.DEFINE_multi_string(
+    "set", [], "KEY=VALUE of evals., data.dir or data.files., for all runs."
+  )
+  commands.run(main, required=("workdirs", "output"))
