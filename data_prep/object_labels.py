@@ -1,0 +1,404 @@
+"""python -m data_prep.object_labels --output=SCORES
+    (--dataset=NAME --split=SPLIT[,SPLIT] [--data_dir=DIR --variant=frames10]
+     | --media=DIR)
+    --audio_model=FOLDER|msclap|none --video_model=FILE.pt|none
+    [--labels=FILE --device=auto --limit=N --retry …]
+
+How sure models are of each label in each clip: CLAP hears its sound, YOLOv8
+sees ten of its pictures. SCORES is a folder, see avjax/data/object_scores.py;
+thresholds are chosen when it is used. Clips that have scores are not scored
+again: a run that was stopped goes on, and clips that are new are added. A clip
+that cannot be read is noted with the reason; --retry asks for it again.
+
+| --audio_model | |
+|---|---|
+| a folder | CLAP for `transformers`, such as laion/clap-htsat-unfused |
+| msclap | Microsoft's of 2023, the one of DETECLAP, in an environment of its own: --msclap_python, --msclap_weights and perhaps --msclap_gpt2; see data_prep/msclap_worker.py |
+
+--labels is a list of names: a .txt file with one a line, or JSON; default the
+601 of Open Images V7. The detector must know all of them. Needs the extra
+`labels`; Ultralytics and its weights are under AGPL-3.0.
+"""  # noqa: E501 - a table
+
+import contextlib
+import dataclasses
+import importlib.resources
+import json
+import os
+import pathlib
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from absl import flags, logging
+
+from avjax import commands
+from avjax.data import object_scores
+from avjax.data.datasets import VARIANTS
+from avjax.errors import InputError
+from avjax.report import duration
+from data_prep import (
+  object_audio,
+  object_clips,
+  object_msclap,
+  object_video,
+)
+from data_prep.progress import track
+
+SAVE_EVERY = 30.0  # seconds
+THRESHOLDS = (0.3, 0.4, 0.5)
+NOTHING = {
+  "audio": object_clips.NO_SOUND,
+  "video": object_clips.NO_PICTURES,
+}
+_LISTED = 5  # failed clips that are printed; the files hold all
+_BLOCK = 1 << 14  # rows counted at a time
+
+
+def read_labels(path: str = "") -> list[str]:
+  """A list of labels.
+
+  Args:
+    path: text with one a line, or JSON: a list, or one under `names`; '' = the
+      classes of Open Images V7.
+
+  Raises:
+    InputError: it is no such list, is empty or names a label twice.
+  """
+  file: Any = pathlib.Path(path).expanduser()
+  if not path:
+    file = importlib.resources.files("avjax.data") / "classes" / "oiv7.json"
+  try:
+    text = file.read_text(encoding="utf-8-sig")
+    if str(file).lower().endswith(".json"):
+      said = json.loads(text)
+      names = said.get("names") if isinstance(said, dict) else said
+    else:
+      names = [line.strip() for line in text.splitlines() if line.strip()]
+  except (OSError, ValueError) as error:
+    raise InputError(f"--labels={path}: {error}") from error
+  if not isinstance(names, list) or not all(
+    isinstance(name, str) for name in names
+  ):
+    raise InputError(f"--labels={path} holds no list of names")
+  object_scores.check_labels(names)
+  return names
+
+
+@dataclasses.dataclass
+class Job:
+  """The scoring of one modality.
+
+  Attributes:
+    writer: of the scores.
+    prepare: makes of a read clip what `scores` takes; None = it has no such
+      track. Called in threads.
+    scores: of several prepared clips [b, labels].
+    size: how much of a prepared clip there is.
+    batch_size: how much is computed at a time.
+    before: clips that had scores, or a reason, already.
+  """
+
+  writer: object_scores.Writer
+  prepare: Callable[[object_clips.Clip], Any]
+  scores: Callable[[Sequence[Any]], np.ndarray]
+  size: Callable[[Any], int]
+  batch_size: int
+  before: int = 0
+  _waiting: list[tuple[str, Any]] = dataclasses.field(default_factory=list)
+
+  def add(self, name: str, prepared: Any) -> None:
+    """Takes a clip; computes once a batch is full."""
+    self._waiting.append((name, prepared))
+    if sum(self.size(one) for _, one in self._waiting) >= self.batch_size:
+      self.flush()
+
+  def flush(self) -> None:
+    """Computes and stores what waits."""
+    if not self._waiting:
+      return
+    names, clips = zip(*self._waiting, strict=True)
+    rows = self.scores(clips)
+    good = np.isfinite(rows).all(axis=1)
+    kept = [name for name, fine in zip(names, good, strict=True) if fine]
+    self.writer.write(kept, rows[good])
+    for name in set(names) - set(kept):
+      self.writer.fail(name, "the model's scores are not finite")
+    self._waiting = []
+
+
+def score(
+  source: object_clips.Stored | object_clips.Files,
+  jobs: dict[str, Job],
+  *,
+  threads: int = 1,
+) -> None:
+  """Scores all clips of a source that lack scores; saves what is done.
+
+  Args:
+    source: of the clips.
+    jobs: by modality.
+    threads: that read clips while the models compute.
+  """
+  missing = {m: set(job.writer.missing()) for m, job in jobs.items()}
+  wanted = {}
+  for name in source.ids:
+    tracks = "".join(m[0] for m in jobs if name in missing[m])
+    if tracks:
+      wanted[name] = tracks
+
+  def prepare(clip: object_clips.Clip, tracks: str) -> dict[str, Any]:
+    return {m: j.prepare(clip) for m, j in jobs.items() if m[0] in tracks}
+
+  read = object_clips.read_all(
+    source, wanted, prepare, threads=threads, ahead=2 * threads + 2
+  )
+  saved = time.monotonic()
+  try:
+    with contextlib.closing(read):
+      for name, found in track(read, len(wanted), "object scores"):
+        _take(jobs, name, wanted[name], found)
+        if time.monotonic() - saved > SAVE_EVERY:
+          _save(jobs)
+          saved = time.monotonic()
+    for job in jobs.values():
+      job.flush()
+  finally:
+    _save(jobs)
+
+
+def _take(jobs: dict[str, Job], name: str, tracks: str, found: Any) -> None:
+  """Hands what was read of a clip to the jobs that asked for it."""
+  for modality, job in jobs.items():
+    if modality[0] not in tracks:
+      continue
+    if isinstance(found, Exception):
+      job.writer.fail(name, object_clips.reason(found))
+    elif found[modality] is None:
+      job.writer.fail(name, NOTHING[modality])
+    else:
+      job.add(name, found[modality])
+
+
+def _save(jobs: dict[str, Job]) -> None:
+  for job in jobs.values():
+    job.writer.save()
+
+
+# ---------------------------------------------------------------- report
+
+
+def table(jobs: dict[str, Job], source: Any, seconds: float) -> Iterator[str]:
+  """Lines: what became of the clips, and how many labels they would get."""
+  columns = {m: _numbers(job, source.ids) for m, job in jobs.items()}
+  yield f"{'':22}" + "".join(f"{m:>10}" for m in columns)
+  for row in next(iter(columns.values())):
+    yield f"{row:22}" + "".join(f"{c[row]:>10}" for c in columns.values())
+  new = sum(
+    len(source.ids) - job.before - len(job.writer.missing())
+    for job in jobs.values()
+  )
+  rate = new / max(seconds, 1e-6)
+  yield f"{duration(seconds)}, {rate:.1f} clips/s over both modalities"
+  for modality, job in jobs.items():
+    failed = [n for n in source.ids if n in job.writer.failed]
+    for name in failed[:_LISTED]:
+      yield f"  {modality}: {name}: {job.writer.failed[name]}"
+    if len(failed) > _LISTED:
+      more = len(failed) - _LISTED
+      yield f"  {modality}: {more:,} more in {modality}.json"
+
+
+def _numbers(job: Job, ids: Sequence[str]) -> dict[str, str]:
+  writer = job.writer
+  rows = writer.rows(ids)
+  scored = rows[writer.scored()[rows]]
+  failed = sum(name in writer.failed for name in ids)
+  found = {
+    "clips": f"{len(ids):,}",
+    "scored or failed before": f"{job.before:,}",
+    "scored": f"{len(scored):,}",
+    "failed": f"{failed:,}",
+  }
+  over = np.zeros((len(THRESHOLDS), 2), np.int64)  # labels, clips with one
+  for k in range(0, len(scored), _BLOCK):
+    block = writer.values[np.sort(scored[k : k + _BLOCK])].astype(np.float32)
+    for sums, threshold in zip(over, THRESHOLDS, strict=True):
+      labels = (block > threshold).sum(axis=1)
+      sums += labels.sum(), (labels > 0).sum()
+  for (labels, clips), threshold in zip(over, THRESHOLDS, strict=True):
+    count = max(len(scored), 1)
+    found[f"labels a clip > {threshold}"] = f"{labels / count:.2f}"
+    found[f"clips with any > {threshold}"] = f"{100 * clips / count:.1f}%"
+  return found
+
+
+# --------------------------------------------------------------- command
+
+
+def make_source(values: Any) -> object_clips.Stored | object_clips.Files:
+  """The clips that the flags name."""
+  if (values.media is None) == (values.dataset is None):
+    raise InputError("give --media, or --dataset and --split")
+  if values.media is not None:
+    return object_clips.Files(values.media, values.limit)
+  if not values.split:
+    raise InputError(f"--dataset={values.dataset} needs --split")
+  return object_clips.Stored(
+    values.dataset,
+    values.split,
+    data_dir=values.data_dir,
+    variant=values.variant,
+    limit=values.limit,
+  )
+
+
+def choose_device(name: str) -> str:
+  """'cpu' or 'cuda'; 'auto' = the GPU if PyTorch has one.
+
+  Raises:
+    InputError: there is no such device.
+  """
+  with object_audio.whole_torchvision():
+    (torch,) = object_audio.libraries("torch")
+  if name == "auto":
+    return "cuda" if torch.cuda.is_available() else "cpu"
+  if name == "cuda" and not torch.cuda.is_available():
+    raise InputError("--device=cuda: PyTorch finds no CUDA GPU")
+  return name
+
+
+def _audio_job(
+  values: Any, labels: list[str], ids: list[str], stack: Any
+) -> Job:
+  """Opens the files before the model computes the labels' embeddings."""
+  device = choose_device(values.device)
+  if values.audio_model == "msclap":
+    model: Any = object_msclap.Msclap(
+      values.msclap_python,
+      values.msclap_weights,
+      text_model=values.msclap_gpt2,
+      device=device,
+    )
+  else:
+    model = object_audio.Clap(values.audio_model, device)
+  stack.callback(model.close)
+  writer = _writer(values, "audio", labels, model.source, ids, stack)
+  scorer = object_audio.Scorer(model, labels, values.audio_batch)
+
+  def prepare(clip: object_clips.Clip) -> np.ndarray | None:
+    if not len(clip.sound):
+      return None
+    return object_audio.windows(clip.sound, clip.rate, model)
+
+  return Job(writer, prepare, scorer.scores, len, values.audio_batch)
+
+
+def _video_job(
+  values: Any, labels: list[str], ids: list[str], stack: Any
+) -> Job:
+  detector = object_video.Detector(
+    values.video_model,
+    labels,
+    device=choose_device(values.device),
+    batch_size=values.video_batch,
+  )
+  writer = _writer(values, "video", labels, detector.source, ids, stack)
+
+  def prepare(clip: object_clips.Clip) -> list[np.ndarray] | None:
+    return detector.prepare(clip.frames) if len(clip.frames) else None
+
+  return Job(writer, prepare, detector.scores, len, values.video_batch)
+
+
+def _writer(
+  values: Any, modality: str, labels: Any, source: Any, ids: Any, stack: Any
+) -> object_scores.Writer:
+  writer = object_scores.Writer(
+    values.output, modality, labels=labels, source=source, clips=ids
+  )
+  stack.callback(writer.close)
+  if values.retry:
+    writer.retry()
+  return writer
+
+
+MAKE = {"audio": _audio_job, "video": _video_job}
+
+
+def run(values: Any) -> list[str]:
+  """What the command does.
+
+  Args:
+    values: the flags, as attributes.
+
+  Returns:
+    The report's lines.
+
+  Raises:
+    InputError: what a flag names cannot be used, or no clip has scores.
+  """
+  names = {m: getattr(values, f"{m}_model") for m in MAKE}
+  wanted = [m for m, name in names.items() if name != "none"]
+  unset = [m for m in wanted if not names[m]]
+  if unset or not wanted:
+    which = " and ".join(f"--{m}_model" for m in unset or names)
+    raise InputError(f"name {which}; one of the two may be none")
+  labels, source = read_labels(values.labels), make_source(values)
+  with contextlib.ExitStack() as stack:
+    jobs = {m: MAKE[m](values, labels, source.ids, stack) for m in wanted}
+    for job in jobs.values():
+      job.before = len(source.ids) - len(job.writer.missing())
+    began = time.monotonic()
+    threads = values.threads or os.cpu_count() or 1
+    score(source, jobs, threads=threads)
+    lines = list(table(jobs, source, time.monotonic() - began))
+    empty = [m for m, j in jobs.items() if not j.writer.scored().any()]
+  if len(empty) == len(jobs):
+    print("\n".join(lines))
+    raise InputError(f"none of {len(source.ids)} clips has scores")
+  return [*lines, str(pathlib.Path(values.output).expanduser())]
+
+
+def main(argv: list[str]) -> None:
+  """Prints the report."""
+  del argv
+  logging.set_verbosity(logging.WARNING)
+  try:
+    print("\n".join(run(flags.FLAGS)))
+  except KeyboardInterrupt:
+    print("stopped; the same command goes on from here", file=sys.stderr)
+    sys.exit(130)
+
+
+def define_flags() -> None:
+  """The command's flags."""
+  flags.DEFINE_string("output", None, "The folder of the scores.")
+  flags.DEFINE_string("dataset", None, "A built data set.")
+  flags.DEFINE_list("split", None, "Its split, or several with commas.")
+  flags.DEFINE_string(
+    "data_dir", "", "Where it was built; default $AVJAX_DATA or ~/avjax_data."
+  )
+  flags.DEFINE_enum(
+    "variant", "frames10", list(VARIANTS), "Frames stored of a clip."
+  )
+  flags.DEFINE_string("media", None, "A folder of media files, or one file.")
+  flags.DEFINE_string("labels", "", "A list of names; default Open Images V7.")
+  flags.DEFINE_string("audio_model", "", "CLAP's folder, msclap or none.")
+  flags.DEFINE_string("video_model", "", "A detector's .pt file, or none.")
+  flags.DEFINE_string("msclap_python", "", "Python of msclap's environment.")
+  flags.DEFINE_string("msclap_weights", "", "CLAP_weights_2023.pth.")
+  flags.DEFINE_string("msclap_gpt2", "", "GPT-2's folder; default the hub's.")
+  flags.DEFINE_integer("audio_batch", 32, "Windows of sound at a time.", 1)
+  flags.DEFINE_integer("video_batch", 64, "Pictures at a time.", 1)
+  flags.DEFINE_enum("device", "auto", ["auto", "cpu", "cuda"], "Of PyTorch.")
+  flags.DEFINE_integer("threads", 0, "That read; 0 = one a core.", 0)
+  flags.DEFINE_integer("limit", 0, "First clips only; 0 = all.", 0)
+  flags.DEFINE_bool("retry", False, "Ask again for clips that failed.")
+
+
+if __name__ == "__main__":
+  define_flags()
+  commands.run(main, required=("output",))
