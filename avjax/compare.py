@@ -220,7 +220,8 @@ def draw(
       )  # fmt: skip
     rows.append(("\n".join(lines), cells))
   words, asking = pictures.WORDS[way]
-  places = [f"{name}, {k + 1}." for name in names for k in range(top)]
+  others = [f"{k + 2}." for k in range(top - 1)]
+  places = [text for name in names for text in (f"{name}, 1.", *others)]
   return pictures.cell_grid(
     rows,
     columns=[asking, *places],
@@ -299,7 +300,7 @@ def compare(
   Args:
     paths: of the runs; the last is compared with the first.
     output: folder.
-    names: of the models; () = the last parts of the paths.
+    names: of the models; () = the parts in which the paths differ.
     count: rows of each picture.
     top: how many of each model's first are shown.
     **options: of `rank`.
@@ -331,14 +332,13 @@ def compare(
 
 
 def _names(paths: Sequence[str]) -> list[str]:
-  """The parts in which the paths differ."""
-  parts = [pathlib.Path(path).parts for path in paths]
-  common = 0
-  while len({p[common : common + 1] for p in parts}) == 1 and common < min(
-    map(len, parts)
-  ):
-    common += 1
-  return ["/".join(p[common:]) or str(pathlib.Path(*p)) for p in parts]
+  """The paths without the parts that all of them begin or end with."""
+  parts = [list(pathlib.Path(path).parts) for path in paths]
+  for end in (0, -1):
+    while min(map(len, parts)) > 1 and len({p[end] for p in parts}) == 1:
+      for part in parts:
+        part.pop(end)
+  return ["/".join(part) for part in parts]
 
 
 def main(argv: list[str]) -> None:
