@@ -26,12 +26,13 @@ from typing import Any
 
 import numpy as np
 from absl import logging
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Float16, Int
 
 from avjax.errors import InputError
 
 MODALITIES = ("audio", "video")
 KEYS = ("labels", "clips", "source", "failed")
+BLOCK = 1 << 16  # rows looked at together: the array may exceed the memory
 
 
 class Scores:
@@ -305,9 +306,11 @@ def _locked(path: pathlib.Path) -> int:
 
 
 def scored_rows(values: np.ndarray) -> np.ndarray:
-  """bool [clips]: rows without NaN. The file may be larger than the memory."""
-  blocks = np.array_split(values, max(len(values) >> 16, 1))
-  return np.concatenate([np.isfinite(block).all(axis=1) for block in blocks])
+  """bool [clips]: rows without NaN."""
+  found = np.ones(len(values), np.bool_)
+  for k in range(0, len(values), BLOCK):
+    found[k : k + BLOCK] = np.isfinite(values[k : k + BLOCK]).all(axis=1)
+  return found
 
 
 def _open(path: pathlib.Path, mode: str = "r") -> np.ndarray:
