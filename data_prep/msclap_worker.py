@@ -20,8 +20,10 @@ tokenizer; without it msclap takes `gpt2` from the cache of the Hugging Face
 hub, or from the hub.
 """
 
+import atexit
 import io
 import os
+import shutil
 import sys
 import tempfile
 import types
@@ -155,6 +157,7 @@ def _name_gpt2(folder):
     raise ValueError(f"{folder} holds no config.json of GPT-2")
   os.environ["HF_HUB_OFFLINE"] = "1"
   place = tempfile.mkdtemp(prefix="msclap-")
+  atexit.register(shutil.rmtree, place, ignore_errors=True)
   os.symlink(os.path.abspath(folder), os.path.join(place, "gpt2"))
   os.chdir(place)
 

@@ -13,6 +13,7 @@ import importlib.metadata
 import os
 import pathlib
 import sys
+import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -180,6 +181,7 @@ class Clap:
     )
     self.source = {
       "model": path.resolve().name,
+      "checksum": checksum(self._model),
       "library": f"transformers {transformers.__version__}",
       "prompt": PROMPT,
       "rate": self.rate,
@@ -282,6 +284,15 @@ def libraries(*names: str) -> list[Any]:
     return [importlib.import_module(name) for name in names]
   except ImportError as error:
     raise InputError(f"{EXTRA} ({error})") from error
+
+
+def checksum(model: Any) -> str:
+  """Of all weights of a PyTorch module on the host, and their names."""
+  total = 0
+  for name, tensor in model.state_dict().items():
+    total = zlib.crc32(name.encode(), total)
+    total = zlib.crc32(np.ascontiguousarray(tensor.cpu().numpy()), total)
+  return f"{total:08x}"
 
 
 @contextlib.contextmanager

@@ -14,8 +14,6 @@ from avjax.data import media, media_folder
 from avjax.errors import InputError
 from data_prep import stats
 
-# DETECLAP (arXiv:2409.11729, §III-C) looks at ten pictures of a clip.
-FRAMES = media.SPREAD
 # Own files: pictures 16:9 then fill the 640 pixels that YOLO looks at.
 SHORT_SIDE = 360
 # What a clip that cannot be read may raise; InputError is a ValueError.

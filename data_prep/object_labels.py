@@ -218,7 +218,7 @@ def _numbers(job: Job, ids: Sequence[str]) -> dict[str, str]:
   failed = sum(name in writer.failed for name in ids)
   found = {
     "clips": f"{len(ids):,}",
-    "scored or failed before": f"{job.before:,}",
+    "done before": f"{job.before:,}",
     "scored": f"{len(scored):,}",
     "failed": f"{failed:,}",
   }
@@ -392,7 +392,7 @@ def define_flags() -> None:
   flags.DEFINE_string("msclap_weights", "", "CLAP_weights_2023.pth.")
   flags.DEFINE_string("msclap_gpt2", "", "GPT-2's folder; default the hub's.")
   flags.DEFINE_integer("audio_batch", 32, "Windows of sound at a time.", 1)
-  flags.DEFINE_integer("video_batch", 64, "Pictures at a time.", 1)
+  flags.DEFINE_integer("video_batch", 32, "Pictures at a time.", 1)
   flags.DEFINE_enum("device", "auto", ["auto", "cpu", "cuda"], "Of PyTorch.")
   flags.DEFINE_integer("threads", 0, "That read; 0 = one a core.", 0)
   flags.DEFINE_integer("limit", 0, "First clips only; 0 = all.", 0)

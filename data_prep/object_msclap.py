@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import tempfile
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -77,6 +78,7 @@ class Msclap:
       raise
     self.source = {
       "model": file.name,
+      "checksum": _checksum(file),
       "library": version,
       "prompt": PROMPT,
       "rate": self.rate,
@@ -139,6 +141,14 @@ class Msclap:
     code = self._process.poll()
     state = "sent no array" if code is None else f"ended with status {code}"
     return InputError(f"the msclap worker {state}: {tail}")
+
+
+def _checksum(file: pathlib.Path) -> str:
+  total = 0
+  with file.open("rb") as opened:
+    while part := opened.read(1 << 20):
+      total = zlib.crc32(part, total)
+  return f"{total:08x}"
 
 
 class _Whole(io.RawIOBase):

@@ -28,8 +28,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float32, UInt8
 
+from avjax.data import media
 from avjax.errors import InputError
-from data_prep.object_audio import libraries, whole_torchvision
+from data_prep.object_audio import checksum, libraries, whole_torchvision
 
 SIZE = 640  # pixels of the longer side, as `predict` has it
 _HOME: list[str] = []  # the folder that Ultralytics writes to
@@ -40,6 +41,13 @@ _LAYERS = re.compile(
   r"(ultralytics\.nn\.(tasks|modules(\.\w+)?)|torch\.nn\.modules(\.\w+)?)"
   r"\.([A-Za-z]\w*)"
 )
+
+
+def _scalar(kind: np.dtype, data: bytes) -> Any:
+  """A number of NumPy's, as its own pickles say it."""
+  return np.frombuffer(data, kind, 1)[0]  # refuses objects
+
+
 _VALUES: dict[str, Any] = {
   "__builtin__.set": set,
   "builtins.set": set,
@@ -48,6 +56,9 @@ _VALUES: dict[str, Any] = {
   "pathlib._local.PosixPath": pathlib.PurePosixPath,
   "types.SimpleNamespace": types.SimpleNamespace,
   "ultralytics.utils.IterableSimpleNamespace": types.SimpleNamespace,
+  "numpy.dtype": np.dtype,
+  "numpy.core.multiarray.scalar": _scalar,
+  "numpy._core.multiarray.scalar": _scalar,
 }
 
 
@@ -71,7 +82,7 @@ class Detector:
     labels: Sequence[str],
     *,
     device: str = "cpu",
-    batch_size: int = 64,
+    batch_size: int = 32,
   ):
     file = pathlib.Path(path).expanduser()
     if not file.is_file():
@@ -89,13 +100,15 @@ class Detector:
     self._letterbox = augment.LetterBox(SIZE, auto=True, stride=stride)
     self.source = {
       "model": file.name,
+      "checksum": self._checksum,
       "library": f"ultralytics {ultralytics.__version__}",
       "size": SIZE,
-      "pictures": 10,
+      "pictures": media.SPREAD,
     }
 
   def _prepare(self, file: pathlib.Path) -> None:
     model = self._model.float().eval()
+    self._checksum = checksum(model)
     for module in model.modules():
       # Older files lack what newer layers ask for.
       if isinstance(module, self._torch.nn.Upsample):
@@ -197,7 +210,9 @@ def load(path: pathlib.Path) -> Any:
   made: dict[type, type] = {}
   with _words_of(path):
     allowed = [(_allowed(path, n, made), n) for n in _named(torch, path)]
-    with torch.serialization.safe_globals(allowed):
+    # Kinds of numbers go by names that are not found in the file.
+    kinds = [type(np.dtype(code)) for code in "?bBhHiIlLefd"]
+    with torch.serialization.safe_globals([*allowed, *kinds]):
       stored = torch.load(path, map_location="cpu", weights_only=True)
   stored = stored if isinstance(stored, dict) else {}
   model = stored.get("ema") or stored.get("model")
@@ -263,9 +278,11 @@ def _ultralytics() -> tuple[Any, Any]:
     if not _HOME:
       home = tempfile.mkdtemp(prefix="ultralytics-")
       atexit.register(shutil.rmtree, home, ignore_errors=True)
-      os.environ.setdefault("YOLO_CONFIG_DIR", home)
       os.environ.update(
-        YOLO_OFFLINE="True", YOLO_AUTOINSTALL="False", YOLO_VERBOSE="False"
+        YOLO_CONFIG_DIR=home,
+        YOLO_OFFLINE="True",
+        YOLO_AUTOINSTALL="False",
+        YOLO_VERBOSE="False",
       )
       with _own_threads(torch), np.printoptions():
         libraries("ultralytics", "ultralytics.nn.tasks")
