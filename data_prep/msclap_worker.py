@@ -21,6 +21,8 @@ hub, or from the hub.
 """
 
 import atexit
+import importlib.metadata
+import importlib.util
 import io
 import os
 import shutil
@@ -92,13 +94,13 @@ class Clap:
   """msclap's model of 2023 for arrays: its own interface takes paths only."""
 
   def __init__(self, weights, device, gpt2=""):
+    if importlib.util.find_spec("msclap") is None:
+      raise ModuleNotFoundError(f"{sys.executable} has no module msclap")
     import torch
 
     _without_torchaudio()
     if gpt2:
       _name_gpt2(gpt2)
-    from importlib import metadata
-
     from msclap import CLAP
 
     cuda = device == "cuda"
@@ -107,7 +109,7 @@ class Clap:
     self._check(weights)
     self.rate = int(self._clap.args.sampling_rate)
     self.size = int(self._clap.args.duration * self.rate)
-    self.version = "msclap " + metadata.version("msclap")
+    self.version = "msclap " + importlib.metadata.version("msclap")
 
   def _check(self, weights):
     """msclap loads what it finds: another file would leave random weights."""

@@ -57,19 +57,7 @@ class Msclap:
     command = [str(program), str(worker), str(file), device]
     if text_model:
       command.append(str(pathlib.Path(text_model).expanduser().resolve()))
-    self._said = tempfile.TemporaryFile()  # noqa: SIM115 - until `close`
-    # A session of its own: Ctrl-C is for this program, which ends the worker.
-    try:
-      self._process = subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        stderr=self._said,
-        start_new_session=True,
-      )
-    except OSError as error:
-      self._said.close()
-      raise InputError(f"--msclap_python={python}: {error}") from error
+    self._start(command)
     try:
       self.rate, self.size = (int(n) for n in self._receive())
       version = bytes(self._receive()).decode()
@@ -85,6 +73,21 @@ class Msclap:
       "window": self.size / self.rate,
       "windows": WINDOWS,
     }
+
+  def _start(self, command: list[str]) -> None:
+    self._said = tempfile.TemporaryFile()  # noqa: SIM115 - until `close`
+    # A session of its own: Ctrl-C is for this program, which ends the worker.
+    try:
+      self._process = subprocess.Popen(
+        command,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=self._said,
+        start_new_session=True,
+      )
+    except OSError as error:
+      self._said.close()
+      raise InputError(f"--msclap_python={command[0]}: {error}") from error
 
   def text(self, prompts: Sequence[str]) -> Float[np.ndarray, "k d"]:
     """See Model."""

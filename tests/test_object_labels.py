@@ -263,7 +263,7 @@ def test_a_worker_in_another_environment_answers(fake_worker):
 def test_a_worker_that_does_not_start_says_why(fake_worker, tmp_path):
   weights = str(fake_worker / "weights.pth")
   # The real worker, in an environment without msclap.
-  with pytest.raises(InputError, match="status 1: ModuleNotFoundError.*msclap"):
+  with pytest.raises(InputError, match="1: ModuleNotFoundError: .*msclap"):
     object_msclap.Msclap(sys.executable, weights)
   with pytest.raises(InputError, match="--msclap_python=.*none"):
     object_msclap.Msclap(str(tmp_path / "none"), weights)
