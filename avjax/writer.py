@@ -1,7 +1,9 @@
 """Where a run's numbers and pictures go: metrics.jsonl and TensorBoard."""
 
+import importlib
 import json
 import math
+import sys
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +13,18 @@ import numpy as np
 from absl import logging
 
 from avjax.workdir import Workdir
+
+
+def _tensorboard() -> Any:
+  """tensorboardX; where PyTorch is installed it would take seconds for it."""
+  hidden = "torch" not in sys.modules
+  if hidden:
+    sys.modules["torch"] = None
+  try:
+    return importlib.import_module("tensorboardX")
+  finally:
+    if hidden:
+      del sys.modules["torch"]
 
 
 class Writer:
@@ -26,12 +40,10 @@ class Writer:
     self._run = run
     if not self._active:
       return
-    from tensorboardX import SummaryWriter
-
     run.root.mkdir(parents=True, exist_ok=True)
     _drop_after(run.metrics, first_step)
     self._lines = run.metrics.open("a")
-    self._events = SummaryWriter(
+    self._events = _tensorboard().SummaryWriter(
       str(run.root), purge_step=first_step + 1, flush_secs=30
     )
 

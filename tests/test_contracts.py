@@ -1,5 +1,9 @@
 """Literal checks of the contracts that every method and tool shares."""
 
+import importlib.util
+import subprocess
+import sys
+
 import numpy as np
 import pytest
 
@@ -7,6 +11,7 @@ from avjax import batch, config, workdir
 from avjax.data import datasets
 from avjax.errors import InputError, lookup
 from avjax.methods import make
+from tests import runs
 
 
 def test_argument_values_take_the_type_of_their_default():
@@ -133,3 +138,23 @@ def test_workdir_names(tmp_path):
   assert run.stage("pretrain").checkpoints == tmp_path / "pretrain/checkpoints"
   with pytest.raises(InputError, match="is not a run"):
     run.read_config()
+
+
+def test_training_takes_neither_tensorflow_nor_pytorch(tmp_path):
+  """They are installed here; both would cost seconds and memory."""
+  code = (
+    "import importlib, sys\n"
+    "import avjax.main, avjax.train, avjax.writer\n"
+    "from avjax import evaluators, methods, workdir\n"
+    "for table in (methods.METHODS, evaluators.EVALUATORS):\n"
+    "  for place in table.values():\n"
+    "    importlib.import_module(place.split(':')[0])\n"
+    "avjax.writer.Writer(workdir.workdir(sys.argv[1])).close()\n"
+    "found = {'tensorflow', 'torch', 'torchvision'} & set(sys.modules)\n"
+    "assert not found, found\n"
+  )
+  for name in ("torch", "tensorboardX"):
+    assert importlib.util.find_spec(name), f"{name} is not installed"
+  subprocess.run(
+    [sys.executable, "-c", code, str(tmp_path)], check=True, cwd=runs.ROOT
+  )
