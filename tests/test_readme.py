@@ -14,6 +14,9 @@ import torch
 from data_prep import av_demo
 from tests import public_weights, runs
 
+# One process runs them all, in order: some read what others wrote.
+pytestmark = pytest.mark.xdist_group("readme")
+
 TEXT = (runs.ROOT / "README.md").read_text()
 MAIN = ("--config=configs/avmae_vgg.py:demo", "--workdir=runs/demo")
 
