@@ -62,15 +62,23 @@ def parse_flags(argv: list[str]) -> list[str]:
 
 
 def with_demo_data(config: Any) -> Any:
-  """Makes and builds av_demo where a config asks for it and it is absent."""
+  """Makes and builds av_demo where a config asks for it and it is absent.
+
+  The same for scores of its own objects.
+  """
   stages = [config[name] for name in config.stages] or [config]
   for stage in stages:
     if stage.data.name == "av_demo":
       from data_prep import av_demo
 
-      path = str(av_demo.ensure_demo(stage.data))
+      path = av_demo.ensure_demo(stage.data)
+      if stage.data.object_scores == "truth":
+        from data_prep import demo_objects
+
+        made = demo_objects.ensure(stage.data, path)
+        stage.data.object_scores = str(made)
       if config.stages:
-        config.data_dir = path
+        config.data_dir = str(path)
       else:
-        config.data.dir = path
+        config.data.dir = str(path)
   return config

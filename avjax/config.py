@@ -21,6 +21,8 @@ ARGUMENTS = (
   "decoder",
   "objective",
   "variant",
+  "threshold_audio",
+  "threshold_video",
   "pretrain",
   "epochs",
 )
@@ -255,6 +257,9 @@ def data_section() -> ConfigDict:
       "threads": 2,
       "prefetch": 2,  # batches on the device
       "limit": 0,  # first clips of the split only; 0 = all
+      # Folder of object scores to train on, see avjax.data.object_scores;
+      # `truth` stands for av_demo's own objects.
+      "object_scores": "",
       # One's own media files (avjax.load, avjax.embed): what one may make the
       # decoder do (avjax.data.media.Limits), and what becomes of its channels.
       "files": {
@@ -264,7 +269,15 @@ def data_section() -> ConfigDict:
         "gigabytes": 8.0,  # of decoded frames
         "channels": "mean",  # first
       },
-      "demo": {"clips_per_class": 40, "test_per_class": 10, "seed": 0},
+      "demo": {
+        "clips_per_class": 40,
+        "test_per_class": 10,
+        "seed": 0,
+        # Of object_scores='truth': share of present objects that score below
+        # 0.5, and of absent ones that score above.
+        "missed": 0.3,
+        "imagined": 0.005,
+      },
     }
   )
 

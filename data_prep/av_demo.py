@@ -99,7 +99,7 @@ def ensure_demo(config_data: Any) -> pathlib.Path:
   built = folder / AvDemo.name / variant / str(AvDemo.VERSION)
   if not (built / "dataset_info.json").exists():
     folder.mkdir(parents=True, exist_ok=True)
-    with _lock(folder / ".lock"):
+    with lock(folder / ".lock"):
       if not (built / "dataset_info.json").exists():
         _make(folder, variant, *sizes)
   return folder
@@ -120,7 +120,7 @@ def _media(folder: pathlib.Path) -> pathlib.Path:
 
 
 @contextlib.contextmanager
-def _lock(path: pathlib.Path) -> Iterator[None]:
+def lock(path: pathlib.Path) -> Iterator[None]:
   """Waits for other processes; the system frees it when a process ends."""
   with path.open("w") as file:
     try:

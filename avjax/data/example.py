@@ -11,7 +11,7 @@ import numpy as np
 import simplejpeg
 from jaxtyping import UInt8
 
-from avjax.data import media, records, sampling
+from avjax.data import media, object_scores, records, sampling
 from avjax.data.datasets import DATASETS
 from avjax.errors import lookup
 
@@ -96,9 +96,16 @@ def num_segments(data: Any) -> int:
 
 
 def shapes(
-  data: Any, batch_size: int, views: int = 1
+  data: Any, batch_size: int, views: int = 1, *, train: bool = True
 ) -> dict[str, tuple[tuple[int, ...], Any]]:
-  """Shape and dtype of every array of a batch; nothing needs to be built."""
+  """Shape and dtype of every array of a batch; nothing needs to be built.
+
+  Args:
+    data: `config.data`; the folder of `object_scores` has to be there.
+    batch_size: b.
+    views: windows of a clip.
+    train: with what only a training batch holds: object scores.
+  """
   b, v = (batch_size,), (views,) if views > 1 else ()
   found: dict[str, tuple[tuple[int, ...], Any]] = {}
   if "v" in data["modality"]:
@@ -115,6 +122,10 @@ def shapes(
     time = (num_segments(data),) if head == "segment" else ()
     size = (*b, *time, num_classes(data, head))
     found[head_key(head)] = (size, np.float32)
+  if train and data["object_scores"]:
+    for modality, scores in object_scores.read(data["object_scores"]).items():
+      size = (batch_size, len(scores.labels))
+      found[f"objects/{modality}"] = (size, np.float16)
   for key in ("has_audio", "has_video", "valid"):
     found[key] = (b, np.bool_)
   found["index"] = (b, np.uint32)

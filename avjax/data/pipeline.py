@@ -22,7 +22,7 @@ import grain
 import numpy as np
 from absl import flags, logging
 
-from avjax.data import example, mixture, records
+from avjax.data import example, mixture, object_scores, records
 from avjax.data.datasets import built_dir
 from avjax.data.transfer import device_batches
 from avjax.errors import InputError
@@ -166,7 +166,13 @@ class _Batches:
     self.size = batch_size // process_count
     self.first = self.size * process_index
     self.cutter, self.views = example.Cutter(data), views
-    self.shapes = example.shapes(self.cutter.data, self.size, views)
+    self.shapes = example.shapes(
+      self.cutter.data, self.size, views, train=training
+    )
+    self.objects = {}
+    if training and data["object_scores"]:
+      ids = self.split.column("id")[: len(self.split)].tolist()
+      self.objects = object_scores.columns(data["object_scores"], ids)
     self.heads, self.modality = tuple(data["heads"]), data["modality"]
     workers = data["workers"]
     self.threads = max(data["threads"] // max(workers, 1), 1)
@@ -238,6 +244,8 @@ class _Batches:
         clip = example.from_record(record, self.modality, self.heads)
         rng = self._rng(position, attempt)
         self.cutter.cut(clip, batch, row, rng, self.views)
+        for key, column in self.objects.items():
+          batch[key][row] = column[number]
       except InputError:
         raise
       except (ValueError, IndexError, OSError, RuntimeError) as error:
@@ -423,9 +431,9 @@ def batch_of_files(
     raise InputError("no media files were given")
   cutter = example.Cutter(data)
   cutter.data["heads"] = ()
+  shapes = example.shapes(cutter.data, len(paths), train=False)
   batch: dict[str, Any] = {
-    key: np.zeros(shape, dtype)
-    for key, (shape, dtype) in example.shapes(cutter.data, len(paths)).items()
+    key: np.zeros(shape, dtype) for key, (shape, dtype) in shapes.items()
   }
   for row, path in enumerate(paths):
     cutter.cut(example.from_file(path, cutter.data), batch, row, None)
