@@ -21,6 +21,8 @@ from avjax.methods.base import Loaded, Method
 from avjax.weights import families, image, transfer
 from avjax.workdir import Workdir, workdir
 
+# Beginnings of methods' names.
+MEL_FIRST = ("cavmae", "deteclap")
 STAGES = "stages.json"  # in a staged run's folder: the names in order
 
 
@@ -212,10 +214,10 @@ def adapt(method: Method, params: Any, parts: dict[str, Source]) -> Loaded:
 def _turned(part: Source, config: Any) -> Any:
   """The source's parameters with its spectrogram as the model has it.
 
-  CAV-MAE's patches and audio tokens are ordered mel first, those of AV-MAE and
-  MBT time first.
+  Patches and audio tokens of MEL_FIRST are ordered mel first, those of AV-MAE
+  and MBT time first.
   """
-  first = [c["method"].startswith("cavmae") for c in (part.config, config)]
+  first = [c["method"].startswith(MEL_FIRST) for c in (part.config, config)]
   embed = part.params.get("embed_audio")
   if part.config["method"] == image.METHOD or first[0] == first[1] or not embed:
     return part.params

@@ -49,6 +49,7 @@ SOURCES = {
   "scale++": "runs/cavmae_audioset-variant_scale++",
   "vgg": "runs/cavmae_vgg/pretrain",
   "audioset_vgg": "runs/cavmae_vgg-pretrain_audioset/pretrain",
+  "deteclap": "runs/deteclap_vgg/pretrain",
   "scratch": "",
 }
 MODES = {"av": ("av", "missing_a", "missing_v"), "a": (), "v": ()}

@@ -34,20 +34,30 @@ def stage(name, argument="demo", **overrides):
   return shrink(config, **overrides)
 
 
+# A rate that does not depend on the number of steps, and so leaves programs
+# alike that the compilation cache then holds once.
+CONSTANT = {"schedule__name": "constant", "schedule__warmup_epochs": 0.0}
+
 # Two layers: what takes time in these tests is compiling.
 MODEL = {"width": 32, "depth": 2, "heads": 2, "mlp": 64}
 PER_METHOD = {
   "avmae": {
-    "fusion_layers": 1, "decoder_width": 24, "decoder_depth": 1,
-    "decoder_heads": 3, "decoder_mlp": 48,
+    "fusion_layers": 1,
+    "decoder_width": 24,
+    "decoder_depth": 1,
+    "decoder_heads": 3,
+    "decoder_mlp": 48,
   },
   "mbt": {"fusion_layer": 1, "n_bottlenecks": 2},
   "cavmae": {
-    "decoder_width": 24, "decoder_depth": 1, "decoder_heads": 3,
+    "decoder_width": 24,
+    "decoder_depth": 1,
+    "decoder_heads": 3,
     "decoder_mlp": 48,
   },
   "cavmae_finetune": {},
-}  # fmt: skip
+}
+PER_METHOD["deteclap"] = PER_METHOD["cavmae"]  # fmt: skip
 
 
 def shrink(config, **overrides):
@@ -55,7 +65,7 @@ def shrink(config, **overrides):
   config.model.update(MODEL)
   config.model.update(PER_METHOD[config.method])
   config.total_steps, config.total_epochs = 2, 0.0
-  if config.method == "cavmae":
+  if config.method in ("cavmae", "deteclap"):
     config.schedule.warmup_epochs = 0.0  # longer than two steps
   config.batch_size = 8
   config.log_every = 1
@@ -71,6 +81,11 @@ def shrink(config, **overrides):
     for part in path:
       place = place[part]
     place[last] = value
+  if config.data.object_scores == "truth":
+    from data_prep import demo_objects
+
+    folder = demo_objects.ensure(config.data, pathlib.Path(config.data.dir))
+    config.data.object_scores = str(folder)
   return config
 
 
@@ -119,7 +134,8 @@ def command(name, workdir, *flags, argument="demo", devices=1):
     f"--config=configs/{name}.py:{argument}", f"--workdir={workdir}",
     "--config.total_epochs=0.0", "--config.batch_size=8",
     "--config.log_every=1", "--config.checkpoint.every_steps=1",
-    "--config.mesh.data=-1",
+    "--config.mesh.data=-1", "--config.schedule.name=constant",
+    "--config.schedule.warmup_epochs=0.0",
     *(f"--config.data.demo.{k}={v}" for k, v in DEMO.items()),
     *(f"--config.model.{k}={v}" for k, v in MODEL.items()),
     "--config.model.fusion_layer=1", *flags,

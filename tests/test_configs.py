@@ -191,7 +191,7 @@ def test_demo_changes_only_what_it_says(name):
     r"checkpoint\.every_epochs",
     r"evals\.\w+\.(every_epochs|split)",
   )
-  if name.startswith("cavmae"):
+  if name.startswith(("cavmae", "deteclap")):
     # Its sizes of masks and turns are in frames; its rate falls by epochs.
     allowed += (
       r"data\.fbank\.frames",
@@ -199,6 +199,12 @@ def test_demo_changes_only_what_it_says(name):
       r"model\.(group_size|contrast_weight|mask_audio|patch_video)",
       r"optimizer\.(multipliers\.head|average_from)",
       r"schedule\.step_epochs",
+    )
+  if name.startswith("deteclap"):
+    allowed += (
+      r"data\.object_scores",
+      r"model\.label_weight",
+      r"evals\.retrieval\.within",
     )
   full, demo = stages(load(name)), stages(load(name, "demo"))
   for a, b in zip(full, demo, strict=True):

@@ -11,6 +11,7 @@ METHODS = {
   "mbt": "avjax.methods.mbt:MBT",
   "cavmae": "avjax.methods.cavmae:CAVMAE",
   "cavmae_finetune": "avjax.methods.cavmae_finetune:CAVMAEFinetune",
+  "deteclap": "avjax.methods.deteclap:DETECLAP",
 }
 
 

@@ -30,6 +30,8 @@ class CAVMethod(Method):
   """What pretraining and fine-tuning share."""
 
   fixed_positions = False
+  # Beginnings of parameters that `adapt` leaves alone where shapes differ.
+  optional = ("classifier/out", "head_")
   passes: Sequence[Pass] = ()  # of the training, through the joint block
 
   def __init__(self, config: Any):
@@ -140,7 +142,7 @@ class CAVMethod(Method):
       source,
       candidates,
       reshape=tables,
-      optional=("classifier/out", "head_"),
+      optional=self.optional,
     )
 
 
