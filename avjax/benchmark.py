@@ -251,6 +251,8 @@ def with_data(config: Any, batch_size: int, stack: contextlib.ExitStack) -> Any:
   config = config.copy_and_resolve_references()
   with config.unlocked():
     config.data.dir = str(built)
+    if config.data.object_scores:
+      config.data.object_scores = str(synthetic.scores(built, clips))
   return config
 
 

@@ -37,7 +37,7 @@ from ml_collections import ConfigDict
 
 from avjax import config as config_lib
 from avjax.methods import deteclap
-from configs import cavmae_audioset, cavmae_vgg_finetune
+from configs import cavmae_audioset, cavmae_vgg, cavmae_vgg_finetune
 
 PAPER = {
   "variant": "or",
@@ -61,15 +61,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 def pretraining(args: ConfigDict) -> ConfigDict:
   """Self-supervised pre-training, with the labels of other models."""
-  config = cavmae_audioset.pretraining(
-    args.epochs, **cavmae_audioset.SCALES["base"]
-  )
-  sources = cavmae_audioset.SOURCES
-  config.init_from = config_lib.choose(sources, args.pretrain, "pretrain")
-  config.data.name = "vggsound"
+  config = cavmae_vgg.pretraining(ConfigDict({**args, "variant": "base"}))
   if args.demo:
     config = cavmae_audioset.shrink(config)
     config.evals.retrieval.within = "group"
+    config.evals.probe.every_epochs = 0.0
   if args.variant == "none":
     return config
   config.method = "deteclap"
@@ -79,4 +75,7 @@ def pretraining(args: ConfigDict) -> ConfigDict:
   config.model.threshold_video = args.threshold_video
   if args.demo:
     config.data.object_scores = "truth"
+    # Ours: what hundreds of steps learn labels with.
+    config.model.label_weight = 10.0
+    config.optimizer.multipliers = {"head": 10.0}
   return config

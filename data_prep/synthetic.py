@@ -13,12 +13,19 @@ import numpy as np
 import tensorflow_datasets as tfds
 from jaxtyping import Int16, UInt8
 
-from avjax.data import datasets, demo_clip, demo_scene, demo_sound
+from avjax.data import (
+  datasets,
+  demo_clip,
+  demo_scene,
+  demo_sound,
+  object_scores,
+)
 from avjax.errors import lookup
 from data_prep import builder
 
 HEIGHT, WIDTH = 256, 340
 FILES = 16  # different ones; clips repeat them
+OBJECTS = 601
 MARGIN = 64  # pixels that the camera moves
 
 
@@ -89,13 +96,40 @@ class _Synthetic(builder.ClipBuilder, skip_registration=True):
     names = {head: f"class {number % n}" for head, n in self.heads.items()}
     label, segment = names.get("label"), names.get("segment")
     return builder.Row(
-      id=f"synthetic_{number:04d}",
+      id=clip_id(number),
       file=f"{number % FILES}.mp4",
       labels=(label,) if label else (),
       verb=names.get("verb", ""),
       noun=names.get("noun", ""),
       segments=(segment,) * int(self.seconds) if segment else (),
     )
+
+
+def scores(folder: pathlib.Path, clips: int = 64) -> pathlib.Path:
+  """Object scores of these clips, for as many labels as Open Images has.
+
+  Args:
+    folder: that `build` was given.
+    clips: in the split.
+
+  Returns:
+    The folder to read as `config.data.object_scores`.
+  """
+  rng, out = np.random.default_rng(0), folder / "object_scores"
+  ids = [clip_id(number) for number in range(clips)]
+  labels = [f"object {number}" for number in range(OBJECTS)]
+  for modality in object_scores.MODALITIES:
+    with object_scores.Writer(
+      out, modality, labels=labels, source={"model": "noise"}, clips=ids
+    ) as writer:
+      writer.write(ids, rng.random((clips, OBJECTS), np.float32))
+      writer.save()
+  return out
+
+
+def clip_id(number: int) -> str:
+  """The id of a clip."""
+  return f"synthetic_{number:04d}"
 
 
 def picture(

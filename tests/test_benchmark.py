@@ -4,7 +4,9 @@ import jax
 import pytest
 
 from avjax import benchmark, experiment
+from avjax.data import object_scores
 from configs import cavmae_audioset
+from data_prep import synthetic
 from tests import runs
 
 
@@ -41,3 +43,11 @@ def test_a_small_batch_of_a_config_with_groups_is_measured(
   )
   rows = benchmark.benchmark(runs.plain(config), batch_size=4, repeats=1)
   assert all(row.clips_per_s > 0 for row in rows)
+
+
+def test_noise_stands_in_for_object_scores(tmp_path):
+  found = object_scores.read(synthetic.scores(tmp_path, clips=3))
+  assert set(found) == {"audio", "video"}
+  for scores in found.values():
+    assert scores.values.shape == (3, 601) and scores.scored().all()
+    assert scores.clips[2] == synthetic.clip_id(2)

@@ -115,6 +115,12 @@ def test_other_labels_or_another_source_are_refused(stored, change, words):
   writer(stored, ["-a"]).close()  # the lock was given back
 
 
+def test_a_later_version_of_the_library_may_go_on(stored):
+  with writer(stored, ["new"], source={**SOURCE, "library": "yolo 9"}) as more:
+    assert more.missing() == ["new"]
+  assert Scores(stored, "audio").scored().sum() == 2
+
+
 def _cut(folder):
   path = folder / "audio.npy"
   path.write_bytes(path.read_bytes()[:-1])

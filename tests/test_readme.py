@@ -11,8 +11,8 @@ import tarfile
 import pytest
 import torch
 
-from data_prep import av_demo
-from tests import public_weights, runs
+from data_prep import av_demo, object_labels
+from tests import object_models, public_weights, runs
 
 # One process runs them all, in order: some read what others wrote.
 pytestmark = pytest.mark.xdist_group("readme")
@@ -61,6 +61,9 @@ EXPECTED = {
   "python -m data_prep.subset": Expected(words=("retrieval.txt: 2 of 2",)),
   "python -m data_prep.build": Expected(words=("2 built, 1 missing file",)),
   "python -m data_prep.stats": Expected(words=("--config.data.fbank.mean=",)),
+  "python -m data_prep.object_labels": Expected(words=("| audio |",)),
+  # Runs of CAV-MAE take minutes; tests/test_compare.py has small ones.
+  "python -m avjax.compare": Expected(code=2, words=("runs/cavmae",)),
   "python -m data_prep.show": Expected(words=("vggsound_video_test.png",)),
 }
 
@@ -90,6 +93,9 @@ def place(demo_data, tmp_path_factory):
   )
   state = {f"module.{k}": torch.from_numpy(v) for k, v in state.items()}
   torch.save(state, folder / "audio_model.pth")
+  object_models.write_clap(folder / "clap")
+  names = object_labels.read_labels()
+  object_models.write_yolo(folder / "yolov8x-oiv7.pt", names)
   with tarfile.open(folder / "videos.tar.gz", "w:gz") as archive:
     archive.add(folder / "clip.mp4", "bbbbbbbbbbb_000007.mp4")
   (folder / "videos/bbbbbbbbbbb_000007.mp4").unlink()

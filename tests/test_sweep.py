@@ -274,5 +274,6 @@ def test_rows_of_every_study_resolve(path, tmp_path):
       assert last in section, override
     assert set(row.stages) <= set(config.stages)
     metrics = {metric.split("/")[0] for metric in study.metrics}
-    stages = [config[name] for name in config.stages] or [config]
+    names = row.stages or config.stages
+    stages = [config[name] for name in names] or [config]
     assert not row.shown or metrics <= set(stages[-1].evals)

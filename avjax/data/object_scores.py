@@ -153,7 +153,8 @@ class Writer(Scores):
     folder: is made if need be.
     modality: 'audio' or 'video'.
     labels: names by column.
-    source: what makes the scores; must be the same at each call.
+    source: what makes the scores; must be the same at each call, but for
+      the version of the `library`.
     clips: ids that are to be scored. New ones are added to those on disk.
 
   Raises:
@@ -193,7 +194,10 @@ class Writer(Scores):
     if path.with_suffix(".json").exists():
       old = Scores(path.parent, path.stem)
       _compare(path, "labels", old.labels, said["labels"])
-      _compare(path, "source", old.source, json.loads(json.dumps(source)))
+      # A library's later version may add to what an earlier one made.
+      new = json.loads(json.dumps(source))
+      pair = ({**s, "library": None} for s in (old.source, new))
+      _compare(path, "source", *pair)
       said["failed"] = old.failed
     before = old.clips if old else []
     known = set(before)
