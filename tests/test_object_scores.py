@@ -1,12 +1,14 @@
 """The files of object scores: what fits, what is refused, what is kept."""
 
+import itertools
 import json
 import pickle
 
 import numpy as np
 import pytest
 
-from avjax.data import object_scores
+from avjax import config
+from avjax.data import example, object_scores, pipeline, records
 from avjax.data.object_scores import Scores, Writer
 from avjax.errors import InputError
 
@@ -202,3 +204,104 @@ def test_rows_are_looked_at_in_blocks(monkeypatch, stored):
   whole = Scores(stored, "audio").scored()
   monkeypatch.setattr(object_scores, "BLOCK", 1)
   np.testing.assert_array_equal(Scores(stored, "audio").scored(), whole)
+
+
+def test_a_column_gives_the_scores_of_a_splits_clips(stored, caplog):
+  ids = ["d", "b", "x", "-a"]
+  column = object_scores.columns(stored, ids)["objects/audio"]
+  assert "no scores of 2 of the 4 clips, such as 'd'" in caplog.text
+  packed = pickle.dumps(column)
+  for one in (column, pickle.loads(packed)):
+    found = np.stack([one[number] for number in range(4)])
+    assert found.dtype == np.float16
+    np.testing.assert_array_equal(found[[1, 3]], rows(2))
+    assert np.isnan(found[[0, 2]]).all()
+  # Every worker gets a copy: rows, not two million names.
+  assert b"-a" not in packed
+
+
+def test_a_run_sees_no_scores_that_come_later(stored):
+  column = object_scores.columns(stored, ["d", "b"])["objects/audio"]
+  with writer(stored, ["d", "z"]) as more:
+    more.write(["d", "z"], rows(2))
+  assert np.isnan(column[0]).all() and np.isfinite(column[1]).all()
+
+
+def test_a_row_that_is_not_all_finite_is_no_row(tmp_path):
+  values = np.array([[1, np.nan, 0], [1, np.inf, 0], [1, 0, 0]], np.float16)
+  np.save(tmp_path / "audio.npy", values)
+  said = {"labels": LABELS, "clips": ["a", "b", "c"]}
+  (tmp_path / "audio.json").write_text(json.dumps(said))
+  column = object_scores.columns(tmp_path, said["clips"])["objects/audio"]
+  assert np.isnan([column[0], column[1]]).all()
+  np.testing.assert_array_equal(column[2], values[2])
+
+
+def test_clips_without_any_scores_are_refused(stored):
+  with pytest.raises(InputError, match="none of the 2 clips, whose first is"):
+    object_scores.columns(stored, ["x", "c"])
+
+
+# --- In batches ---------------------------------------------------------------
+
+
+def told(number):
+  """Scores that tell the clip."""
+  return np.float32([number, number / 2, -number])
+
+
+@pytest.fixture(scope="module")
+def scored_data(demo_data, tmp_path_factory):
+  """A config's section, and the clips' numbers by id; the last has none."""
+  data = config.data_section()
+  data.update(dir=demo_data, variant="frames10", heads=(), threads=1)
+  data.video.update(num_frames=1, size=16, resize=16)
+  data.object_scores = str(tmp_path_factory.mktemp("scores"))
+  ids = records.Split(data, "train").column("id").tolist()
+  with writer(data.object_scores, ids[::-1], modality="video") as made:
+    for number, name in enumerate(ids[:-1]):
+      made.write([name], told(number)[None])
+  return data, {name: number for number, name in enumerate(ids)}
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_batch_holds_the_scores_of_its_clips(scored_data, workers):
+  data, numbers = scored_data
+  data = data.copy_and_resolve_references()
+  data.workers = workers
+  names = []
+  batches = pipeline.train_batches(data, batch_size=24, seed=1)
+  for batch in itertools.islice(batches, 2):
+    assert set(batch) & {"objects/audio", "objects/video"} == {"objects/video"}
+    for name, row in zip(batch["id"], batch["objects/video"], strict=True):
+      last = numbers[name] == len(numbers) - 1
+      expected = np.full(3, np.nan) if last else told(numbers[name])
+      np.testing.assert_array_equal(row, expected)
+    names += batch["id"]
+  batches.close()
+  assert sorted(names) == sorted(numbers)  # an epoch
+
+
+def test_a_clip_that_stands_in_brings_its_own_scores(scored_data, monkeypatch):
+  data, numbers = scored_data
+  whole = example.from_record
+
+  def from_record(record, *rest):
+    if numbers[record.text("id")] % 4 == 0:
+      raise ValueError("damaged")
+    return whole(record, *rest)
+
+  monkeypatch.setattr(example, "from_record", from_record)
+  batch = next(pipeline.train_batches(data, batch_size=24, seed=1))
+  for name, row in zip(batch["id"], batch["objects/video"], strict=True):
+    assert numbers[name] % 4 and np.nansum(row[0]) in (0, numbers[name])
+
+
+def test_evaluation_needs_no_scores(scored_data, tmp_path):
+  data, _ = scored_data
+  data = data.copy_and_resolve_references()
+  data.object_scores = str(tmp_path / "gone")
+  batches = pipeline.eval_batches(data, split="test", batch_size=8)
+  assert not any(key.startswith("objects/") for key in next(batches))
+  with pytest.raises(InputError, match=r"gone/audio\.json"):
+    next(pipeline.train_batches(data, batch_size=8, seed=1))

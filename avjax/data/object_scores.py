@@ -63,17 +63,7 @@ class Scores:
     return self._opened("r")
 
   def _opened(self, mode: str) -> np.ndarray:
-    values = _open(self.path, mode)
-    expected = (len(self.clips), len(self.labels))
-    # Rows beyond those named are what an interrupted `Writer` had added.
-    rows, columns = values.shape if values.ndim == 2 else (0, 0)
-    fits = rows >= expected[0] and columns == expected[1]
-    if not fits or values.dtype != np.float16:
-      raise InputError(
-        f"{self.path} is {values.dtype} of shape {values.shape}; its JSON file "
-        f"names float16 of shape {expected}"
-      )
-    return values[: len(self.clips)]
+    return _mapped(self.path, (len(self.clips), len(self.labels)), mode)
 
   def __getstate__(self) -> dict[str, Any]:
     made_here = ("values", "_place")
@@ -96,6 +86,9 @@ class Scores:
 class Column:
   """The scores of the clips of a split, by the clip's number.
 
+  Clips that are scored later than this is made count as without scores. Goes
+  to other processes without the names of the clips.
+
   Args:
     scores: of one modality.
     ids: of the split's clips in order.
@@ -105,24 +98,33 @@ class Column:
   """
 
   def __init__(self, scores: Scores, ids: Sequence[str]):
-    self._scores, self._rows = scores, scores.rows(ids)
+    self._path, self._shape = scores.path, scores.values.shape
     self._blank = np.full(len(scores.labels), np.nan, np.float16)
-    scored = np.append(scored_rows(scores.values), False)
-    missing = int((~scored[self._rows]).sum())
-    if missing == len(self._rows):
+    rows = scores.rows(ids)
+    scored = np.append(scores.scored(), False)[rows]
+    self._rows = np.where(scored, rows, -1)
+    missing = np.flatnonzero(~scored)
+    if len(missing) == len(rows):
       raise InputError(
-        f"{scores.path} has scores of none of the {len(self._rows)} clips, "
+        f"{scores.path} has scores of none of the {len(rows)} clips, "
         f"whose first is {ids[0]!r}"
       )
-    if missing:
+    if len(missing):
       logging.warning(
-        "%s has no scores of %d of the %d clips",
-        scores.path, missing, len(self._rows),
+        "%s has no scores of %d of the %d clips, such as %r",
+        scores.path, len(missing), len(rows), ids[missing[0]],
       )  # fmt: skip
+
+  @functools.cached_property
+  def _values(self) -> np.ndarray:
+    return _mapped(self._path, self._shape, "r")
+
+  def __getstate__(self) -> dict[str, Any]:
+    return {k: v for k, v in self.__dict__.items() if k != "_values"}
 
   def __getitem__(self, number: int) -> Float16[np.ndarray, "labels"]:
     row = self._rows[number]
-    return self._blank if row < 0 else self._scores.values[row]
+    return self._blank if row < 0 else self._values[row]
 
 
 def read(folder: str | os.PathLike) -> dict[str, Scores]:
@@ -322,6 +324,22 @@ def _open(path: pathlib.Path, mode: str = "r") -> np.ndarray:
     return np.load(path, mmap_mode=mode)
   except (OSError, ValueError, EOFError) as error:
     raise InputError(f"{path}: {error}") from error
+
+
+def _mapped(
+  path: pathlib.Path, shape: tuple[int, int], mode: str
+) -> np.ndarray:
+  """The array on disk, which has to be of this shape or longer."""
+  values = _open(path, mode)
+  # Rows beyond those named are what an interrupted `Writer` had added.
+  rows, columns = values.shape if values.ndim == 2 else (0, 0)
+  fits = rows >= shape[0] and columns == shape[1]
+  if not fits or values.dtype != np.float16:
+    raise InputError(
+      f"{path} is {values.dtype} of shape {values.shape}; its JSON file "
+      f"names float16 of shape {shape}"
+    )
+  return values[: shape[0]]
 
 
 def _grow(
