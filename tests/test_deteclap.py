@@ -253,6 +253,12 @@ def test_missing_scores_are_said():
   assert make(labels="audio").targets(one)
 
 
+def test_mixed_clips_are_refused():
+  mixed = {**inputs(), "mix/video": jnp.full(3, 0.5)}
+  with pytest.raises(InputError, match=r"data\.augment\.mixup"):
+    make().loss(first_params(), mixed, KEY, STEP)
+
+
 @pytest.mark.parametrize(
   ("model", "words"),
   [

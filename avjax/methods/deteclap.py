@@ -96,7 +96,8 @@ class DETECLAP(cavmae.CAVMAE):
     """See `Method.init`; a head has as many outputs as there are scores.
 
     Raises:
-      InputError: the inputs hold no scores that the labels are made of.
+      InputError: the inputs hold no scores that the labels are made of, or
+        clips are mixed.
     """
     self._check(inputs)
     params = super().init(rng, inputs)
@@ -118,6 +119,11 @@ class DETECLAP(cavmae.CAVMAE):
           "data.object_scores names their folder, which `python -m "
           "data_prep.object_labels` makes"
         )
+    if any(f"mix/{m}" in inputs for m in INPUTS):
+      raise InputError(
+        "data.augment.mixup mixes clips, but not their object labels; "
+        "set it to 0.0"
+      )
 
   def loss(
     self, params: Params, inputs: Inputs, rng: jax.Array, step: jax.Array
