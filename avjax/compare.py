@@ -369,6 +369,6 @@ if __name__ == "__main__":
   flags.DEFINE_integer("count", 6, "Rows of each picture.")
   flags.DEFINE_integer("top", 3, "How many of each model's first are shown.")
   flags.DEFINE_multi_string(
-    "set", [], "KEY=VALUE of evals., data.dir or data.files., for all runs."
+    "set", [], "KEY=VALUE, as avjax.evaluate has it, for all runs."
   )
   commands.run(main, required=("workdirs", "output"))

@@ -30,7 +30,7 @@ found with the other at .5; which the tables used is not said. Nor are the batch
 and the first weights: 48, with which CAV-MAE had this rate, and an image MAE.
 Clips' coarse groups, for recall within them: evals.retrieval.within=FILE.csv.
 
-Cost: that of configs/cavmae_vgg.py; the heads add 1 MFLOP per clip.
+Cost: that of configs/cavmae_vgg.py; the heads add 6 MFLOP per clip.
 """
 
 from ml_collections import ConfigDict
