@@ -35,6 +35,7 @@ from avjax import (
   evaluators,
   experiment,
   initialise,
+  objects,
   plots,
   ranking,
 )
@@ -94,7 +95,7 @@ def rank(
     InputError: no such run, or none that can retrieve.
   """
   run, step = initialise.locate(path)
-  config = config_lib.from_plain(run.read_config())
+  config = objects.without_scores(config_lib.from_plain(run.read_config()))
   if evaluation not in config.evals:
     raise unknown(f"evaluation of {path}", evaluation, config.evals)
   section = config.evals[evaluation]

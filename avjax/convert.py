@@ -248,7 +248,7 @@ def become(
 
 def _initial(config: Any, method: Any) -> Any:
   """Initial parameters; a batch of one, all zero, says the sizes."""
-  shapes = pipeline.batch_shapes(config.data, 1)
+  shapes = pipeline.batch_shapes(config.data, 1, train=False)
   batch = {key: np.zeros(*how) for key, how in shapes.items()}
   rng = jax.random.key(config.seed)
   params = experiment.init_params(config, method, rng, batch)

@@ -17,6 +17,7 @@ from avjax import (
   evaluators,
   experiment,
   initialise,
+  objects,
   parallel,
   report,
 )
@@ -76,8 +77,8 @@ def with_settings(config: Any, settings: Sequence[str]) -> dict[str, Any]:
 
   Args:
     config: of a run.
-    settings: `key=value`; keys under `evals.` and `data.files.`, `data.dir`
-      and `data.object_scores`. Names in a tuple are separated by commas.
+    settings: `key=value`; keys under `evals.` and `data.files.`, and
+      `data.dir`. Names in a tuple are separated by commas.
 
   Returns:
     Key -> value of what was set.
@@ -86,7 +87,7 @@ def with_settings(config: Any, settings: Sequence[str]) -> dict[str, Any]:
     InputError: another key (the nearest is named), one given twice, or a
       value that is not of the key's type.
   """
-  known = {f"data.{k}": config.data[k] for k in ("dir", "object_scores")}
+  known = {"data.dir": config.data.dir}
   known |= {f"data.files.{k}": v for k, v in config.data.files.items()}
   for name, section in config.evals.items():
     # Also what came later than the run.
@@ -153,7 +154,7 @@ def evaluate(
     InputError: no such run, step or evaluation; a bad setting.
   """
   run, named = initialise.locate(path)
-  config = config_lib.from_plain(run.read_config())
+  config = objects.without_scores(config_lib.from_plain(run.read_config()))
   if only and only not in config.evals:
     raise unknown("evaluation", only, config.evals)
   changed = with_settings(config, settings)

@@ -19,6 +19,7 @@ from avjax import (
   flops,
   initialise,
   memory,
+  objects,
   parallel,
   report,
 )
@@ -32,7 +33,7 @@ from avjax.writer import Writer
 # what is computed, only where, how fast and what is shown.
 FREE_KEYS = ("log_every", "mesh.", "checkpoint.", "evals.", "data.dir",
              "data.workers", "data.threads", "data.prefetch",
-             "data.files.")  # fmt: skip
+             "data.files.", "data.object_scores")  # fmt: skip
 
 
 def train_and_evaluate(config: Any, path: Any) -> dict[str, float]:
@@ -77,6 +78,7 @@ def train_and_evaluate(config: Any, path: Any) -> dict[str, float]:
 
 def train_stage(config: Any, run: Workdir) -> dict[str, float]:
   """One stage; see train_and_evaluate."""
+  config = objects.counted(config)
   if run.done.exists():
     check_config(config, run)
     logging.info("%s is finished, nothing to do", run.root)
@@ -116,6 +118,7 @@ def check_config(config: Any, run: Workdir) -> None:
       temporary.replace(run.config)
     names = {h: pipeline.class_names(config.data, h) for h in config.data.heads}
     run.classes.write_text(json.dumps(names, indent=2) + "\n")
+    objects.note(config.data, run, begun=begun)
 
 
 class Loop:

@@ -45,6 +45,11 @@ class Workdir:
     return self.root / "classes.json"
 
   @property
+  def objects(self) -> pathlib.Path:
+    """Labels of objects that were learnt, and what scored them."""
+    return self.root / "objects.json"
+
+  @property
   def loading_report(self) -> pathlib.Path:
     """What `init_from` loaded, missed, left unused and reshaped."""
     return self.root / "loading.json"

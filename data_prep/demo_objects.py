@@ -56,24 +56,21 @@ def _write(
   splits: Sequence[records.Split],
   rates: Mapping[str, float],
 ) -> None:
-  writer = object_scores.Writer(
+  stream = object_scores.MODALITIES.index(modality)
+  with object_scores.Writer(
     out,
     modality,
     labels=demo.CLASSES,
     source={"model": "av_demo's own objects", **rates},
     clips=[str(name) for split in splits for name in split.column("id")],
-  )
-  if not writer.missing():
-    return
-  stream = object_scores.MODALITIES.index(modality)
-  for split in splits:
-    names, present = truth(split, modality)
-    pairs = zip(names, present, strict=True)
-    found = [scores(row, name, stream, **rates) for name, row in pairs]
-    if found:
-      writer.write(names, np.stack(found))
-  writer.save()
-  writer.close()
+  ) as writer:
+    for split in splits if writer.missing() else ():
+      names, present = truth(split, modality)
+      pairs = zip(names, present, strict=True)
+      found = [scores(row, name, stream, **rates) for name, row in pairs]
+      if found:
+        writer.write(names, np.stack(found))
+    writer.save()
 
 
 def _plain(data: Any) -> dict[str, Any]:

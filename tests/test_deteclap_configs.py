@@ -44,8 +44,9 @@ def test_but_for_the_labels_it_is_cav_mae_base(arg):
     if arg and words:
       allowed += ("optimizer.multipliers",)
     assert [row for row in rows if not row.startswith(allowed)] == []
-  labels = {"labels", "threshold_audio", "threshold_video", "label_weight"}
-  assert set(load(arg).model) - set(plain.model) == labels
+  added = {"labels", "objects", "label_weight"}
+  added |= {"threshold_audio", "threshold_video"}
+  assert set(load(arg).model) - set(plain.model) == added
 
 
 def test_fine_tuning_is_cav_maes_and_starts_from_it():

@@ -31,6 +31,7 @@ from jaxtyping import Bool, Float, Float16, Int
 from avjax.errors import InputError
 
 MODALITIES = ("audio", "video")
+MAX_MISSING = 0.5  # share of a split's clips
 KEYS = ("labels", "clips", "source", "failed")
 BLOCK = 1 << 16  # rows looked at together: the array may exceed the memory
 
@@ -94,7 +95,7 @@ class Column:
     ids: of the split's clips in order.
 
   Raises:
-    InputError: none of the clips has scores.
+    InputError: more than half of the clips have no scores.
   """
 
   def __init__(self, scores: Scores, ids: Sequence[str]):
@@ -104,10 +105,11 @@ class Column:
     scored = np.append(scores.scored(), False)[rows]
     self._rows = np.where(scored, rows, -1)
     missing = np.flatnonzero(~scored)
-    if len(missing) == len(rows):
+    if len(missing) > MAX_MISSING * len(rows):
       raise InputError(
-        f"{scores.path} has scores of none of the {len(rows)} clips, "
-        f"whose first is {ids[0]!r}"
+        f"{scores.path} has scores of {len(rows) - len(missing)} of the "
+        f"{len(rows)} clips; at least {1 - MAX_MISSING:.0%} are needed. "
+        f"{ids[missing[0]]!r} has none"
       )
     if len(missing):
       logging.warning(

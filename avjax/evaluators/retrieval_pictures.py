@@ -66,7 +66,7 @@ class Clips:
   def show(self, number: int) -> tuple[plots.Picture, plots.Picture]:
     """(spectrogram, frame) as evaluation sees the clip; grey = not there."""
     data = self._cutter.data
-    shapes = example.shapes(data, 1)
+    shapes = example.shapes(data, 1, train=False)
     batch = {
       key: np.zeros(shape, kind) for key, (shape, kind) in shapes.items()
     }

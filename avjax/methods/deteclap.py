@@ -68,6 +68,7 @@ def default_model(size: str = "B", **overrides: Any) -> ConfigDict:
   values = {
     **cavmae.default_model(size).to_dict(),
     "labels": "or",  # see LABELS
+    "objects": 0,  # how many labels there are; 0 = as the scores say
     "threshold_audio": 0.5,
     "threshold_video": 0.4,
     "label_weight": 1.0,  # of L_a2l + L_v2l
@@ -93,18 +94,17 @@ class DETECLAP(cavmae.CAVMAE):
     self.passes += [p for p in ALONE.values() if p not in self.passes]
 
   def init(self, rng: jax.Array, inputs: Inputs) -> Params:
-    """See `Method.init`; a head has as many outputs as there are scores.
+    """See `Method.init`; a head has an output for each label.
 
     Raises:
-      InputError: the inputs hold no scores that the labels are made of, or
-        clips are mixed.
+      InputError: neither the config nor scores among the inputs say how many.
     """
-    self._check(inputs)
+    count = self.model.objects
+    if not count:
+      self._check(inputs)
+      count = inputs[SCORES[self.needed[0]]].shape[1]
     params = super().init(rng, inputs)
-    head = nn.Dense(
-      inputs[SCORES[self.needed[0]]].shape[1],
-      kernel_init=nn.initializers.xavier_uniform(),
-    )
+    head = nn.Dense(count, kernel_init=nn.initializers.xavier_uniform())
     blank = jnp.zeros((1, self.size.width))
     for k, m in enumerate(INPUTS):
       key = jax.random.fold_in(rng, k)
