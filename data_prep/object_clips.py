@@ -39,6 +39,10 @@ class Clip:
 class Stored:
   """Splits of a built data set.
 
+  Attributes:
+    ids: of the clips.
+    origin: what ids are names in: data sets of a variant, or a folder.
+
   Args:
     name: of the data set; av_demo is made if it is not built.
     splits: of the data set. A clip that several hold is read from the first.
@@ -59,6 +63,7 @@ class Stored:
     variant: str = "video",
     limit: int = 0,
   ):
+    self.origin = f"built data sets, {variant}"
     self._places: dict[str, tuple[Any, int, int]] = {}
     for wanted in splits:
       section, split = stats.open_split(
@@ -110,6 +115,7 @@ class Files:
       known = " ".join(media_folder.EXTENSIONS)
       raise InputError(f"no media files in {path}; known are {known}")
     names = names[:limit] if limit else names
+    self.origin = str(root.resolve())
     self._paths = {media_folder.readable(name): root / name for name in names}
     self.ids = list(self._paths)
 

@@ -47,6 +47,8 @@ from data_prep import (
 )
 from data_prep.progress import track
 
+Source = object_clips.Stored | object_clips.Files
+
 SAVE_EVERY = 30.0  # seconds
 THRESHOLDS = (0.3, 0.4, 0.5)
 NOTHING = {
@@ -130,7 +132,7 @@ class Job:
 
 
 def score(
-  source: object_clips.Stored | object_clips.Files,
+  source: Source,
   jobs: dict[str, Job],
   *,
   threads: int = 1,
@@ -238,7 +240,7 @@ def _numbers(job: Job, ids: Sequence[str]) -> dict[str, str]:
 # --------------------------------------------------------------- command
 
 
-def make_source(values: Any) -> object_clips.Stored | object_clips.Files:
+def make_source(values: Any) -> Source:
   """The clips that the flags name."""
   if (values.media is None) == (values.dataset is None):
     raise InputError("give --media, or --dataset and --split")
@@ -271,7 +273,7 @@ def choose_device(name: str) -> str:
 
 
 def _audio_job(
-  values: Any, labels: list[str], ids: list[str], stack: Any
+  values: Any, labels: list[str], clips: Source, stack: Any
 ) -> Job:
   """Opens the files before the model computes the labels' embeddings."""
   device = choose_device(values.device)
@@ -285,7 +287,7 @@ def _audio_job(
   else:
     model = object_audio.Clap(values.audio_model, device)
   stack.callback(model.close)
-  writer = _writer(values, "audio", labels, model.source, ids, stack)
+  writer = _writer(values, "audio", labels, model.source, clips, stack)
   scorer = object_audio.Scorer(model, labels, values.audio_batch)
 
   def prepare(clip: object_clips.Clip) -> np.ndarray | None:
@@ -297,7 +299,7 @@ def _audio_job(
 
 
 def _video_job(
-  values: Any, labels: list[str], ids: list[str], stack: Any
+  values: Any, labels: list[str], clips: Source, stack: Any
 ) -> Job:
   detector = object_video.Detector(
     values.video_model,
@@ -305,7 +307,7 @@ def _video_job(
     device=choose_device(values.device),
     batch_size=values.video_batch,
   )
-  writer = _writer(values, "video", labels, detector.source, ids, stack)
+  writer = _writer(values, "video", labels, detector.source, clips, stack)
 
   def prepare(clip: object_clips.Clip) -> list[np.ndarray] | None:
     return detector.prepare(clip.frames) if len(clip.frames) else None
@@ -314,10 +316,17 @@ def _video_job(
 
 
 def _writer(
-  values: Any, modality: str, labels: Any, source: Any, ids: Any, stack: Any
+  values: Any,
+  modality: str,
+  labels: Any,
+  source: Any,
+  clips: Source,
+  stack: Any,
 ) -> object_scores.Writer:
+  # Other files may have the same names.
+  source = {**source, "clips": clips.origin}
   writer = object_scores.Writer(
-    values.output, modality, labels=labels, source=source, clips=ids
+    values.output, modality, labels=labels, source=source, clips=clips.ids
   )
   stack.callback(writer.close)
   if values.retry:
@@ -348,7 +357,7 @@ def run(values: Any) -> list[str]:
     raise InputError(f"name {which}; one of the two may be none")
   labels, source = read_labels(values.labels), make_source(values)
   with contextlib.ExitStack() as stack:
-    jobs = {m: MAKE[m](values, labels, source.ids, stack) for m in wanted}
+    jobs = {m: MAKE[m](values, labels, source, stack) for m in wanted}
     for job in jobs.values():
       job.before = len(source.ids) - len(job.writer.missing())
     began = time.monotonic()

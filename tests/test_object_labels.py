@@ -525,6 +525,18 @@ def test_scores_that_are_not_finite_are_a_failure(
   assert "not finite" in failed["-a.mp4"]
 
 
+def test_files_of_the_same_names_elsewhere_are_refused(
+  arguments, files, tmp_path
+):
+  """Their scores would be taken for those that are there."""
+  (tmp_path / "media").mkdir()
+  shutil.copy(files / "-a.mp4", tmp_path / "media")
+  object_labels.run(arguments(audio_model="none"))
+  other = arguments(media=str(tmp_path / "media"), audio_model="none")
+  with pytest.raises(InputError, match=r"other source \(clips: '.*' there"):
+    object_labels.run(other)
+
+
 @pytest.mark.parametrize(
   "change, words",
   [
