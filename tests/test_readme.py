@@ -61,7 +61,9 @@ EXPECTED = {
   "python -m data_prep.subset": Expected(words=("retrieval.txt: 2 of 2",)),
   "python -m data_prep.build": Expected(words=("2 built, 1 missing file",)),
   "python -m data_prep.stats": Expected(words=("--config.data.fbank.mean=",)),
-  "python -m data_prep.object_labels": Expected(words=("| audio |",)),
+  "python -m data_prep.object_labels": Expected(
+    words=("scored  ", "object_scores/vggsound")
+  ),
   # Runs of CAV-MAE take minutes; tests/test_compare.py has small ones.
   "python -m avjax.compare": Expected(code=2, words=("runs/cavmae",)),
   "python -m data_prep.show": Expected(words=("vggsound_video_test.png",)),
