@@ -12,6 +12,7 @@ METHODS = {
   "cavmae": "avjax.methods.cavmae:CAVMAE",
   "cavmae_finetune": "avjax.methods.cavmae_finetune:CAVMAEFinetune",
   "deteclap": "avjax.methods.deteclap:DETECLAP",
+  "avsiam": "avjax.methods.avsiam:AVSiam",
 }
 
 

@@ -75,7 +75,7 @@ def grids(inputs: Mapping[str, Any], model: Any) -> dict[str, tuple[int, int]]:
     shape = inputs["frames"].shape
     if shape[1] != 1:
       raise InputError(
-        f"CAV-MAE sees 1 frame, but frames have {shape[1]}; set "
+        f"this model sees 1 frame, but frames have {shape[1]}; set "
         "data.video.num_frames=1"
       )
     found["video"] = tokenizers.video_grid(shape, model["patch_video"])[1:]
