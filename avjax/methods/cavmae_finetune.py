@@ -58,12 +58,11 @@ class CAVMAEFinetune(CAVMethod):
     self.classes = heads.classes(config)
     if "segment" in self.classes:
       raise InputError("CAV-MAE pools all tokens: it has no segment head")
-    kinds = {"auto": "bce" if config.data.multilabel else "ce"}
-    self.criterion = kinds.get(self.model.loss, self.model.loss)
+    self.criterion = criterion(config)
 
   def init(self, rng: jax.Array, inputs: Inputs) -> Params:
     """See `Method.init`; the branches of the modalities in the inputs."""
-    self.chosen(inputs, MODALITIES[self.modality])
+    chosen(inputs, MODALITIES[self.modality])
     rng, key = jax.random.split(rng)
     params = self.draw_params(rng, inputs, self.encoder(inputs))
     d, k = self.size.width, sum(self.classes.values())
@@ -73,36 +72,15 @@ class CAVMAEFinetune(CAVMethod):
     out = {"kernel": kernel, "bias": jnp.zeros(k)}
     return {**params, "classifier": {"norm": norm, "out": out}}
 
-  def chosen(self, inputs: Inputs, names: tuple[str, ...]) -> Inputs:
-    """The inputs of the named modalities.
-
-    Raises:
-      InputError: one of them is not there.
-    """
-    for m in names:
-      if INPUTS[m] not in inputs:
-        raise InputError(f"the inputs have no {INPUTS[m]!r} for the {m}")
-    return {INPUTS[m]: inputs[INPUTS[m]] for m in names}
-
   def pooled(
     self, params: Params, inputs: Inputs, mode: str
   ) -> Float[Array, "b d"]:
     """What the classifier reads in a mode."""
     passes = PASSES[self.modality if mode == "av" else mode]
-    inputs = self.chosen(inputs, passes[0][1])
+    inputs = chosen(inputs, passes[0][1])
     tokens = self.apply(self.encoder(inputs), params, inputs, passes)
     means = [x.astype(jnp.float32).mean(1) for x in tokens]
     return sum(means) / len(means)
-
-  def classify(
-    self, params: Params, pooled: Float[Array, "b d"]
-  ) -> Float[Array, "b k"]:
-    """Logits of all heads, in float32: LayerNorm, then a linear layer."""
-    norm = params["classifier"]["norm"]
-    scale, bias = (jnp.float32(norm[name]) for name in ("scale", "bias"))
-    x = pooled - pooled.mean(-1, keepdims=True)
-    x = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + cav_encoder.EPS)
-    return heads.project(params["classifier"]["out"], x * scale + bias)
 
   def loss(
     self, params: Params, inputs: Inputs, rng: jax.Array, step: jax.Array
@@ -115,25 +93,17 @@ class CAVMAEFinetune(CAVMethod):
     pooled = self.pooled(params, inputs, "av")
     if self.model.freeze_base:
       pooled = jax.lax.stop_gradient(pooled)
-    logits = self.classify(params, pooled)
+    logits = classify(params["classifier"], pooled)
     weight = self.mixed(inputs)
     counted = present(inputs, MODALITIES[self.modality])
     metrics = {}
     for head, x in heads.split(logits, self.classes).items():
       labels = inputs["label" if head == "label" else f"label/{head}"]
       labels = losses.assign_labels(labels, self.model.label_smoothing, weight)
-      values = self.criterion_of(x, labels)
+      values = cross_entropy(self.criterion, x, labels)
       metrics[f"loss_{head}"] = losses.weighted_mean(values, counted)
     aux = {"metrics": metrics, "intermediates": {"logits": logits}}
     return sum(metrics.values()) / len(metrics), aux
-
-  def criterion_of(
-    self, logits: Float[Array, "b k"], labels: Float[Array, "b k"]
-  ) -> Float[Array, "b"]:
-    """Per example: mean of binary cross-entropies, or cross-entropy."""
-    if self.criterion == "bce":
-      return losses.sigmoid_cross_entropy(logits, labels, mean=True)
-    return losses.softmax_cross_entropy(logits, labels)
 
   def mixed(self, inputs: Inputs) -> Float[Array, "b"] | None:
     """The mixup weight of the labels: the mean over what is trained."""
@@ -157,7 +127,8 @@ class CAVMAEFinetune(CAVMethod):
         if f"has_{m}" in inputs:
           lacks = ~inputs[f"has_{m}"]
           pooled = self.replace(params, inputs, pooled, m, lacks)
-    return heads.split(self.classify(params, pooled), self.classes)
+    logits = classify(params["classifier"], pooled)
+    return heads.split(logits, self.classes)
 
   def replace(
     self,
@@ -181,3 +152,44 @@ class CAVMAEFinetune(CAVMethod):
     if path.startswith("classifier/"):
       return "head"
     return FROZEN if self.model.freeze_base else super().group(path)
+
+
+# --- Shared with AVSiam's fine-tuning ----------------------------------------
+
+
+def chosen(inputs: Inputs, names: tuple[str, ...]) -> Inputs:
+  """The inputs of the named modalities.
+
+  Raises:
+    InputError: one of them is not there.
+  """
+  for m in names:
+    if INPUTS[m] not in inputs:
+      raise InputError(f"the inputs have no {INPUTS[m]!r} for the {m}")
+  return {INPUTS[m]: inputs[INPUTS[m]] for m in names}
+
+
+def classify(
+  classifier: Params, pooled: Float[Array, "b d"]
+) -> Float[Array, "b k"]:
+  """Logits of all heads, in float32: LayerNorm, then a linear layer."""
+  norm = classifier["norm"]
+  scale, bias = (jnp.float32(norm[name]) for name in ("scale", "bias"))
+  x = pooled - pooled.mean(-1, keepdims=True)
+  x = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + cav_encoder.EPS)
+  return heads.project(classifier["out"], x * scale + bias)
+
+
+def criterion(config: Any) -> str:
+  """bce or ce: what `model.loss` says, or goes with the data set's labels."""
+  kinds = {"auto": "bce" if config.data.multilabel else "ce"}
+  return kinds.get(config.model.loss, config.model.loss)
+
+
+def cross_entropy(
+  kind: str, logits: Float[Array, "b k"], labels: Float[Array, "b k"]
+) -> Float[Array, "b"]:
+  """Per example: mean of binary cross-entropies (bce), or cross-entropy."""
+  if kind == "bce":
+    return losses.sigmoid_cross_entropy(logits, labels, mean=True)
+  return losses.softmax_cross_entropy(logits, labels)
