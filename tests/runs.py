@@ -65,6 +65,12 @@ PER_METHOD = {
   "cavmae_finetune": {},
 }
 PER_METHOD["deteclap"] = PER_METHOD["cavmae"]  # fmt: skip
+# Eight clips hold every ratio.
+PER_METHOD["avsiam"] = {
+  **PER_METHOD["cavmae"], "ratios": (0.0, 0.5), "depth": 1,
+  "multimodal_depth": 1,
+}  # fmt: skip
+PER_METHOD["avsiam_finetune"] = {"depth": 1, "multimodal_depth": 1}
 
 
 def shrink(config, **overrides):
@@ -72,7 +78,7 @@ def shrink(config, **overrides):
   config.model.update(MODEL)
   config.model.update(PER_METHOD[config.method])
   config.total_steps, config.total_epochs = 2, 0.0
-  if config.method in ("cavmae", "deteclap"):
+  if config.method in ("cavmae", "deteclap", "avsiam"):
     config.schedule.warmup_epochs = 0.0  # longer than two steps
   config.batch_size = 8
   config.log_every = 1

@@ -13,6 +13,7 @@ METHODS = {
   "cavmae_finetune": "avjax.methods.cavmae_finetune:CAVMAEFinetune",
   "deteclap": "avjax.methods.deteclap:DETECLAP",
   "avsiam": "avjax.methods.avsiam:AVSiam",
+  "avsiam_finetune": "avjax.methods.avsiam_finetune:AVSiamFinetune",
 }
 
 
