@@ -40,7 +40,15 @@ from avjax.errors import InputError, lookup
 from avjax.methods.avmae_config import DECODER_SIZES
 from avjax.methods.base import Loaded
 from avjax.nn import sizes
-from avjax.weights import cavmae, families, formats, image, scenic, table
+from avjax.weights import (
+  avsiam,
+  cavmae,
+  families,
+  formats,
+  image,
+  scenic,
+  table,
+)
 from avjax.workdir import Workdir, workdir
 
 LAYOUTS = ("house", "public")
@@ -341,6 +349,8 @@ def public_arrays(
   if source.method in ("cavmae", "cavmae_finetune"):
     params = families.class_order(source.params, to_house=False)
     return cavmae.to_reference(params, source.aside)
+  if source.method in ("avsiam", "avsiam_finetune"):
+    return avsiam.to_reference(source.params, source.aside)
   if source.method not in ("avmae", "mbt"):
     raise InputError(
       f"--layout=public has no names for weights of method {source.method!r}"

@@ -22,7 +22,7 @@ from avjax.weights import families, image, transfer
 from avjax.workdir import Workdir, workdir
 
 # Beginnings of methods' names.
-MEL_FIRST = ("cavmae", "deteclap")
+MEL_FIRST = ("cavmae", "deteclap", "avsiam")
 STAGES = "stages.json"  # in a staged run's folder: the names in order
 
 

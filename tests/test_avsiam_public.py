@@ -7,11 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from avjax import losses
+from avjax import config as config_lib
+from avjax import convert, losses, trees
 from avjax.errors import InputError
 from avjax.nn import cav_encoder, siam_encoder, transformer
-from avjax.weights import avsiam
+from avjax.weights import avsiam, families, formats, image, vit
 from tests import avsiam_golden as made
+from tests import public_weights
 from tests.avsiam_golden import GRAD_NORM, LOSS, VALUES
 
 MODALITIES = ("audio", "video")
@@ -228,6 +230,68 @@ def test_weights_that_do_not_fit_are_refused(change, words):
     state = {k: x for k, x in state.items() if not k.startswith("my_blocks")}
   with pytest.raises(InputError, match=words):
     avsiam.to_house({**state, **change})
+
+
+def test_file_is_recognised_and_comes_back(tmp_path):
+  state = tiny("pre")
+  named = {f"module.{key}": x for key, x in state.items()}
+  formats.write(tmp_path / "in.safetensors", named)
+  report = convert.convert(
+    tmp_path / "in.safetensors", tmp_path / "out.npz", layout="public"
+  )
+  assert report.family == "avsiam" and not report.missing
+  back = formats.read(tmp_path / "out.npz")
+  assert set(back) == set(named)
+  assert all(np.array_equal(back[key], x) for key, x in named.items())
+
+
+@pytest.mark.parametrize("decoder, second", [(8, True), (6, False)])
+def test_published_file_brings_its_config(decoder, second):
+  """Full size: shapes alone, no memory."""
+  model = {"decoder_depth": decoder}
+  method, inputs = made.pretraining(**model), made.inputs()["mae"]
+  blank = jax.tree.map(
+    lambda x: np.broadcast_to(x.dtype.type(), x.shape),
+    jax.eval_shape(method.init, KEY, inputs),
+  )
+  if not second:
+    del blank["encoder_mae_audio"]
+  weights = families.Weights("avsiam", "avsiam", blank, {}, None, ())
+  found = config_lib.from_plain(families.config_of(weights)).model
+  expected = {"scan": False, "decoder_depth": decoder, "public_base": second}
+  assert found.to_dict() == {**method.model.to_dict(), **expected}
+
+
+@pytest.mark.parametrize("public", [True, False])
+def test_image_model_starts_it(public):
+  sizes = {"width": 32, "depth": 4, "heads": 4, "mlp": 128}
+  sizes |= {"decoder_width": 32, "decoder_depth": 1, "decoder_heads": 4}
+  method = made.pretraining(public_base=public, scan=False, **sizes)
+  source = vit.to_image(public_weights.vit_torch(32, 4))
+  inputs = made.inputs()["mae"]
+  shapes = jax.eval_shape(method.init, KEY, inputs)
+  params = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), shapes)
+  loaded = image.start(params, source, method.config)
+  flat, origin = trees.flatten(loaded.params), trees.flatten(source)
+  np.testing.assert_allclose(
+    flat["embed_audio/kernel"],
+    origin["embed/kernel"].mean(2).reshape(256, 32),
+    rtol=1e-6,
+  )
+  for block, own in (("00", "02"), ("01", "03")):
+    path = "attention/qkv/kernel"
+    assert loaded.loaded[f"multimodal/block_{block}/{path}"] == (
+      f"encoder/block_{own}/{path}"
+    )
+  # Corners of the picture are those of the spectrogram.
+  places = flat["positions_audio"].reshape(8, 64, 32)
+  corners = origin["positions"].reshape(14, 14, 32)
+  np.testing.assert_allclose(places[::7, ::63], corners[::13, ::13], rtol=1e-6)
+  assert all(
+    path.startswith(("decoder", "mask_token", "head_"))
+    for path in loaded.missing
+  )
+  assert not [x for x in loaded.unused if x.startswith(("encoder", "embed"))]
 
 
 def test_parameters_without_a_public_place_are_refused():

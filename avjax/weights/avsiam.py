@@ -25,6 +25,7 @@ import numpy as np
 
 from avjax import trees
 from avjax.errors import InputError
+from avjax.methods import avsiam_config
 
 PREFIX = "module."
 POSITIONS = "vit_base.pos_embed"
@@ -164,6 +165,27 @@ def to_reference(
     if key.startswith(inner)
   }
   return {prefix + key: value for key, value in state.items()}
+
+
+def knows(name: str) -> bool:
+  """Whether a public AVSiam file can have this key."""
+  key = name.removeprefix(PREFIX).replace(ALIAS, "vit_base.blocks.")
+  number = max([0, *map(int, re.findall(r"\d+", key))])
+  known = _names(dict.fromkeys(_STACKS, number + 1))
+  return key in known or bool(_ASIDE.fullmatch(key))
+
+
+def public_model(model: Any, params: Any) -> dict[str, Any]:
+  """Values of `config.model` that a public file's model has.
+
+  `public_base` needs the second encoder; a file without one gets the rest.
+  """
+  values = dict(avsiam_config.PUBLIC_BASE)
+  blocks = [n for n in params.get("decoder", {}) if n.startswith("block_")]
+  if blocks:
+    values["decoder_depth"] = len(blocks)
+    values["public_base"] = "encoder_mae_audio" in params
+  return {key: value for key, value in values.items() if key in model}
 
 
 # --- Names -------------------------------------------------------------------

@@ -23,7 +23,7 @@ from avjax import config as config_lib
 from avjax import trees
 from avjax.errors import InputError, lookup
 from avjax.nn import sizes
-from avjax.weights import cavmae, formats, image, mae, scenic, vit
+from avjax.weights import avsiam, cavmae, formats, image, mae, scenic, vit
 
 State = Mapping[str, np.ndarray]
 
@@ -115,6 +115,14 @@ FAMILIES = {
     _cavmae_to_house,
     "blocks_a.0.attn.qkv.weight",
   ),
+  "avsiam": Family(
+    lambda state: any(
+      re.match(r"(module\.)?vit_base\.blocks\.", n) for n in state
+    ),
+    avsiam.knows,
+    avsiam.to_house,
+    "vit_base.blocks.0.attn.qkv.weight",
+  ),
   "mae": Family(
     lambda state: "blocks.0.attn.qkv.weight" in state and mae.is_mae(state),
     lambda name: mae.name_of(name) is not None,
@@ -201,6 +209,8 @@ def method_of(family: str, params: Any) -> str:
     return image.METHOD
   if family == "cavmae":
     return "cavmae_finetune" if "classifier" in params else "cavmae"
+  if family == "avsiam":
+    return "avsiam_finetune" if "classifier_av" in params else "avsiam"
   return "avmae" if family == "avmae" else "mbt"
 
 
@@ -310,6 +320,8 @@ def config_of(weights: Weights) -> dict[str, Any]:
     config.data.modality = config.model.modality
   if weights.family == "mbt_original":
     _original(config, weights.params)
+  if weights.family == "avsiam":
+    config.model.update(avsiam.public_model(config.model, weights.params))
   config.init_from = ""
   return config_lib.plain(config)
 
@@ -359,11 +371,13 @@ def stage(config: Any, method: str) -> ConfigDict:
 def _published(weights: Weights) -> tuple[str, str]:
   """Config file and argument of a family's checkpoint."""
   params, classes = weights.params, _classes(weights.params)
-  if weights.method == "cavmae":
-    return "cavmae_audioset", ""
+  if weights.method in ("cavmae", "avsiam"):
+    return f"{weights.method}_audioset", ""
   finetuned = {
     ("cavmae_finetune", 309): "cavmae_vgg_finetune",
     ("cavmae_finetune", 527): "cavmae_as2m_finetune",
+    ("avsiam_finetune", 309): "avsiam_vgg_finetune",
+    ("avsiam_finetune", 527): "avsiam_as2m_finetune",
     ("mbt", 309): "avmae_vgg_finetune",
     ("mbt", 527): "avmae_audioset_finetune",
   }
@@ -376,9 +390,10 @@ def _published(weights: Weights) -> tuple[str, str]:
         f"the weights have {classes} classes; configs are known for "
         f"{' and '.join(map(str, known))}: give --config"
       )
-    return known[
-      classes
-    ], "" if weights.family == "cavmae" else "variant=public"
+    argument = (
+      "" if weights.family in ("cavmae", "avsiam") else "variant=public"
+    )
+    return known[classes], argument
   both = {"embed_audio", "embed_video"} <= set(params)
   if "encoder_joint" in params or not both:
     return "avmae_audioset", "variant=public"
@@ -390,7 +405,9 @@ def _published(weights: Weights) -> tuple[str, str]:
 
 
 def _classes(params: Any) -> int:
-  head = params.get("classifier", {}).get("out") or params.get("head") or {}
+  names = ("classifier", "classifier_av")
+  heads = [params[name].get("out") for name in names if name in params]
+  head = (heads or [None])[0] or params.get("head") or {}
   return len(head["bias"]) if "bias" in head else 0
 
 

@@ -26,11 +26,16 @@ MAE and ViT weights are brought to one form, an "image tree":
   cosine. A learned bottleneck beside
   learned positions starts from a small grid of them, the CLS of the model's
   first modality from the image's (public MBT).
+- AVSiam (§3): the audio kernel is the mean over the colours, the multimodal
+  layers start from the last blocks, the decoder from nothing. Learned positions
+  of sound, of which the paper says nothing, are the image's on a grid of mel
+  rows and time columns. A second encoder starts as the first one.
 - CAV-MAE's decoder starts from MAE's; the audio head from its first outputs,
   which is what the public script does. Decoders of AV-MAE are smaller and stay
   as they are.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -46,6 +51,7 @@ from avjax.weights import transfer
 METHOD = "image"  # `config.method` of a source that is an image model
 CONFIG = {"method": METHOD, "model": {}}
 
+AVSIAM = "avsiam"  # beginning of its methods' names
 _MODALITIES = ("video", "audio")
 _LAST_NORMS = re.compile(r"((encoder|encoder_joint)/)?norm(_audio|_video)?")
 _DECODER = re.compile(
@@ -117,6 +123,8 @@ def start(params: Params, source: Params, config: Any) -> Loaded:
   for path in trees.flatten(params):
     m = next((m for m in names if path.endswith(m)), names[0])
     change = _change(path, config)
+    if config.get("method", "").startswith(AVSIAM):
+      change = _siam_change(path, config) or change
     if path.startswith(("positions_", "bottleneck")):
       change = _behind(cls[m], change)
     if change:
@@ -124,7 +132,9 @@ def start(params: Params, source: Params, config: Any) -> Loaded:
   return transfer.fill(
     params,
     source,
-    _candidates(params, names, two),
+    _siam_candidates(params, two)
+    if config.get("method", "").startswith(AVSIAM)
+    else _candidates(params, names, two),
     reshape=reshape,
     optional=("positions_", "bottleneck", "decoder_positions_"),
   )
@@ -170,6 +180,30 @@ def _candidates(params: Params, names: list[str], two: bool) -> Rename:
   return candidates
 
 
+def _siam_candidates(params: Params, two: bool) -> Rename:
+  """`_candidates` of AVSiam's own stacks and what all models have."""
+  names = [m for m in _MODALITIES if f"embed_{m}" in params]
+  usual = _candidates(
+    {k: x for k, x in params.items() if k != "decoder_project"}, names, two
+  )
+  depth = len(transfer.layers(params, names[0]))
+  more = len(_blocks({"encoder": params.get("multimodal", {})}))
+
+  def candidates(path: str) -> Iterator[str]:
+    stack, _, rest = path.partition("/")
+    if stack not in ("multimodal", "encoder_mae_audio"):
+      yield from usual(path)
+      return
+    m = "audio" if stack == "encoder_mae_audio" else "video"
+    prefix = f"{m}/" if two else ""
+    if stack == "multimodal":
+      block = int(rest[6:8]) + depth - more
+      rest = f"block_{block:02d}{rest[8:]}"
+    yield f"{prefix}encoder/{rest}"
+
+  return candidates
+
+
 # --- Shapes ------------------------------------------------------------------
 
 
@@ -191,6 +225,31 @@ def _change(path: str, config: Any) -> transfer.Reshape | None:
     side = data.video.size // model.patch_video[-1]
     return lambda x, shape: _tiled(x, shape, side, side)
   return None
+
+
+def _siam_change(path: str, config: Any) -> transfer.Reshape | None:
+  """`_change` where AVSiam has its own way."""
+  if path == "positions_audio":
+    rows = config.data.fbank.num_mels // config.model.patch_audio[0]
+    return functools.partial(_grid, rows=rows)
+  return _mean_channels if path == "embed_audio/kernel" else None
+
+
+def _mean_channels(kernel, shape):
+  """[h w 3 d] -> [h*w d], the mean over the colours."""
+  rows, d = math.prod(kernel.shape[:2]), kernel.shape[3]
+  if tuple(shape) != (rows, d):
+    return None
+  return kernel.mean(2).reshape(rows, d), "3 -> 1 channels, averaged"
+
+
+def _grid(table, shape, *, rows: int):
+  """Positions of an image at a grid of mel rows and time columns."""
+  n, d = shape
+  if d != table.shape[-1] or n % rows:
+    return None
+  grid, side = (rows, n // rows), math.isqrt(len(table))
+  return resize_grid(table, grid), f"{side}x{side} -> {grid[0]}x{grid[1]}"
 
 
 def _tubelets(kernel, shape):

@@ -75,6 +75,7 @@ AS20K, AS2M = "cavmae_as20k_finetune.py", "cavmae_as2m_finetune.py"
 VGG_FT = "cavmae_vgg_finetune.py"
 # These files hold the unused branch of the picture, too.
 AUDIO = ":modality=a"
+AVSIAM, AVSIAM_AS = "https://github.com/GenjiB/AVSiam", "avsiam_audioset.py"
 AVMAE_AS, AVMAE_AS_FT = "avmae_audioset.py", "avmae_audioset_finetune.py"
 AVMAE_VGG, AVMAE_VGG_FT = "avmae_vgg.py", "avmae_vgg_finetune.py"
 
@@ -141,6 +142,15 @@ CHECKPOINTS = (
   _cavmae("as_46.6.pth", "46.6 mAP AS-2M audio", AS2M + AUDIO),
   _cavmae("as_37.7.pth", "37.7 mAP AS-20K audio", AS20K + AUDIO),
   _cavmae("vgg_59.8.pth", "59.8 top-1 VGGSound audio", VGG_FT + AUDIO),
+  *(
+    Checkpoint(
+      f"{name}.pth", "avsiam", "MIT (README badge)", "", config, AVSIAM
+    )
+    for name, config in (
+      ("as2m_pretrained.20", AVSIAM_AS),
+      ("as+vgg+acav_pretrained", f"{AVSIAM_AS}:variant=base+"),
+    )
+  ),
   Checkpoint(
     "mae_pretrain_vit_base.pth, mae_pretrain_vit_base_full.pth",
     "mae",
