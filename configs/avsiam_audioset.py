@@ -64,6 +64,7 @@ VARIANTS = {v: {**PAPER, "variant": v} for v in MODELS}
 IN21K = {"B": "ViT-B_16.npz", "L": "ViT-L_16.npz", "H": "ViT-H_14.npz"}
 # In proportion to the clips in millions: an epoch has each of them once.
 MIXTURE = ("audioset:train_2m:1.7", "vggsound:train:0.2", "acav:train:2.4")
+EVALS = {"retrieval": {"pictures": 4}, "reconstruction": {"limit": 1_024}}
 DEMO = {"pretrain": "scratch"}
 
 
@@ -90,9 +91,10 @@ def pretraining(args: ConfigDict) -> ConfigDict:
   config.data.update(name="audioset", split="train_2m", heads=())
   set_clips(config)
   cavmae_audioset.set_optimizer(config, 1e-4, start=10, step=5)
-  config.evals.retrieval = config_lib.eval_section(
-    "retrieval", split="eval", every_epochs=5.0, pictures=4
-  )
+  for kind, more in EVALS.items():
+    config.evals[kind] = config_lib.eval_section(
+      kind, split="eval", every_epochs=5.0, **more
+    )
   return config
 
 

@@ -49,5 +49,6 @@ def get_config(arg: str | None = None) -> ConfigDict:
   config.batch_size = rate["batch_size"]
   avsiam_vgg_finetune.set_rate(config, rate)
   config.data.update(name="msrvtt", split="train")
+  del config.evals.reconstruction
   config.evals.retrieval.update(split="test", every_epochs=1.0)
   return avsiam_audioset.shrink(config) if args.demo else config

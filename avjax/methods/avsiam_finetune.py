@@ -226,7 +226,7 @@ class AVSiamFinetune(SiamMethod):
     return loss, {
       "metrics": metrics,
       "intermediates": {"logits": logits},
-      "trainable": self.trainable(drawn),
+      "trainable": self.trainable(drawn) if len(drawn) > 1 else {},
     }
 
   def trainable(self, drawn: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -239,9 +239,8 @@ class AVSiamFinetune(SiamMethod):
 
   def group(self, path: str) -> str:
     """See the class."""
-    root, _, rest = path.partition("/")
     for mode, name in CLASSIFIERS.items():
-      if root == name:
+      if path.startswith(f"{name}/"):
         return HEADS[mode]
     # encoder_audio/…, encoder/norm_audio/scale, encoder/block_00/norm1_audio/…
     for m in self.names:
