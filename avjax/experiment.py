@@ -101,10 +101,10 @@ def build(config: Any, *, batch_size: int = 0) -> Experiment:
   """
   batch_size = batch_size or config.batch_size
   mesh = parallel.make_mesh(config.mesh)
-  check_batch(config, batch_size, mesh)
+  method = methods.make(config)
+  check_batch(config, batch_size, mesh, method.batch_multiple)
   steps_per_epoch = pipeline.steps_per_epoch(config.data, batch_size)
   total_steps = number_of_steps(config, steps_per_epoch)
-  method = methods.make(config)
   batch_shapes = shapes_of_batch(config, batch_size, mesh)
   learning_rate = optim.schedule(
     config.schedule,
@@ -142,8 +142,20 @@ def build(config: Any, *, batch_size: int = 0) -> Experiment:
   return dataclasses.replace(partial, state_shapes=_placed(shapes, mesh))
 
 
-def check_batch(config: Any, batch_size: int, mesh: Mesh) -> None:
-  """The batch divides the mesh, also micro-batch by micro-batch."""
+def check_batch(
+  config: Any, batch_size: int, mesh: Mesh, multiple: int = 1
+) -> None:
+  """The batch divides the mesh, also micro-batch by micro-batch.
+
+  Args:
+    config: one stage.
+    batch_size: of all devices.
+    mesh: the devices.
+    multiple: what divides the examples on a device; `Method.batch_multiple`.
+
+  Raises:
+    InputError: names both numbers.
+  """
   parts = config.optimizer.accumulate
   if parts < 1 or batch_size % parts:
     raise InputError(
@@ -151,6 +163,15 @@ def check_batch(config: Any, batch_size: int, mesh: Mesh) -> None:
       "of optimizer.accumulate"
     )
   parallel.check_batch(batch_size // parts, mesh)
+  ways = mesh.shape["data"] * mesh.shape["fsdp"]
+  own = batch_size // parts // ways
+  if own % multiple:
+    raise InputError(
+      f"{own} examples a device (batch size {batch_size}, {parts} "
+      f"micro-batches, {ways} devices) are not divisible by the {multiple} "
+      f"that the method {config.method!r} takes together; a batch size of "
+      f"{parts * ways * multiple} is the smallest"
+    )
 
 
 def number_of_steps(config: Any, steps_per_epoch: int) -> int:

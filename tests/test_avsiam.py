@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from avjax import config as config_lib
-from avjax import losses, methods, trees
+from avjax import experiment, losses, methods, parallel, trees
 from avjax.errors import InputError
 from avjax.methods import avsiam as method_lib
 from avjax.methods import avsiam_config
@@ -366,6 +366,10 @@ def test_inputs_that_do_not_fit_are_refused():
   with pytest.raises(InputError, match="batch size 8 is not .* by the 3 of"):
     method.loss(params, made.small_inputs(8), KEY, STEP)
   assert method.batch_multiple == 3
+  mesh = parallel.make_mesh(config_lib.base_config().mesh)
+  experiment.check_batch(method.config, 48, mesh, 3)
+  with pytest.raises(InputError, match="2 examples a device .* by the 3 .* 24"):
+    experiment.check_batch(method.config, 16, mesh, 3)
   with pytest.raises(InputError, match="AVSiam needs 'fbank'"):
     method.loss(params, {"frames": jnp.zeros((3, 1, 32, 32, 3))}, KEY, STEP)
   with pytest.raises(InputError, match="8 rows, .* 2 x 6 = 12 patches"):

@@ -56,10 +56,12 @@ class Method:
     config: the whole experiment's config, read only.
     num_layers: depth that layer-wise decay counts with.
     modes: what `predict` accepts, of 'a', 'v', 'av', 'missing_a', ….
+    batch_multiple: divides the training examples on every device.
   """
 
   num_layers: int = 0
   modes: tuple[str, ...] = ("av",)
+  batch_multiple: int = 1
 
   def __init__(self, config: Any):
     self.config = config
