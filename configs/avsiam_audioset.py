@@ -16,10 +16,10 @@ on 1.7M clips, from ImageNet-21k's weights:
 
 Scores: mAP, mAP, top-1 of configs/avsiam_{as20k,as2m,vgg}_finetune.py (tables 1
 and 5). `base+` adds VGGSound and ACAV, every clip as often as any other;
-`encoder=separate` is AVSep. Zero-shot R@1 of base, picture to sound and back
-(table 2): AudioSet 19.7, 17.6, VGGSound 19.0, 20.4, MSR-VTT 9.3, 16.1, for a
-finished run by avjax.evaluate --set (evals.retrieval.subset=FILE.csv,
-data.name=msrvtt).
+`encoder=separate` is AVSep. Zero-shot R@1 of base, picture to sound and back,
+is 19.7, 17.6 on AudioSet (table 2) of five clips a class:
+evals.retrieval.subset=FILE.csv, for a finished run by avjax.evaluate --set. For
+other data see configs/avsiam_msrvtt_finetune.py.
 
 AS-20K of table 4, without reconstruction (--config.model.mae_weight=0.0): all
 ratios 41.3; --config.model.ratios="(0.25,)", one for all, 40.8; "(0.0,)", no

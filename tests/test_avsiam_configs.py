@@ -170,6 +170,16 @@ def test_retrieval_is_contrast_without_masks():
   assert config.init_from == "runs/avsiam_audioset"
 
 
+@pytest.mark.parametrize("arg", ["epochs=0", "demo,epochs=0"])
+def test_no_epochs_are_one_step_that_learns_nothing(arg):
+  config = load("avsiam_msrvtt_finetune", arg)
+  assert (config.total_steps, config.total_epochs) == (1, 0.0)
+  rate = optim.schedule(
+    config.schedule, batch_size=1, steps_per_epoch=9, total_steps=1
+  )
+  assert not rate(0)
+
+
 @pytest.mark.parametrize(
   "arg, run",
   [
