@@ -390,6 +390,10 @@ def test_models_of_two_encoders_are_refused():
   cavmae = made.finetuning(**made.SMALL)
   with pytest.raises(InputError, match="one for both"):
     method.adapt(zeros(method), zeros(cavmae), {"method": "cavmae_finetune"})
+  with pytest.raises(InputError, match="public Base files go with"):
+    method.adapt(zeros(method), pretrained(norms="modality"), {})
+  own = small(norms="modality")
+  assert own.adapt(zeros(own), pretrained(norms="modality"), {}).loaded
   two = {"audio": zeros(method), "video": zeros(method)}
   with pytest.raises(InputError, match="one for both"):
     method.adapt(zeros(method), two, {})

@@ -64,6 +64,11 @@ FOREIGN = (
   "configs/avsiam_audioset.py, or from an image model"
 )
 
+PUBLIC_FILES = (
+  "the public Base files go with model.norms='modality', "
+  "model.double_input=True and model.eps=1e-5"
+)
+
 Branch = Callable[[Params, Inputs], tuple[jax.Array, Any]]
 
 
@@ -277,11 +282,20 @@ class AVSiamFinetune(SiamMethod):
     """See `SiamMethod.adapt`.
 
     Raises:
-      InputError: as there; or the source is of another family.
+      InputError: as there; the source is of another family, or leaves a part
+        of the encoder at its first values.
     """
     if "encoder_joint" in source or set(source) == set(INPUTS):
       raise InputError(FOREIGN)
-    return super().adapt(params, source, source_config)
+    loaded = super().adapt(params, source, source_config)
+    left = [path for path in loaded.missing if path.startswith("encoder")]
+    if left:
+      raise InputError(
+        f"the source has nothing for {left[0]!r} and {len(left) - 1} other "
+        f"parameters of model.encoder={self.model.encoder!r} with model.norms="
+        f"{self.model.norms!r}; " + PUBLIC_FILES
+      )
+    return loaded
 
 
 def first_classifier(key: jax.Array, d: int, k: int) -> Params:
