@@ -145,7 +145,9 @@ def plain_loss(method, params, inputs, removed):
       x = run(name, x, size.depth, True)
       pooled[m].append(x.mean(0))
       tokens.append(jax.lax.stop_gradient(x) if model.stop_gradient else x)
-    x = run("multimodal", jnp.concatenate(tokens), 2, False)
+    x = run(
+      "multimodal", jnp.concatenate(tokens), model.multimodal_depth, False
+    )
     x, start = dense("decoder_project", x), 0
     for m in MODALITIES:
       n = len(places[m])
@@ -168,25 +170,34 @@ def plain_loss(method, params, inputs, removed):
   return total
 
 
-@pytest.mark.parametrize(
-  "b, model",
-  [
-    (6, {"depth": 1}),
-    (3, {"depth": 1, "encoder": "separate", "stop_gradient": False}),
-  ],
-)
-def test_loss_and_gradients_equal_one_example_at_a_time(b, model):
-  method, params = small(**model), params_of(**model)
-  inputs = partial_inputs(b)
+def plain(b, model):
+  """Method, parameters, inputs and the plain objective."""
+  method, inputs = small(**model), partial_inputs(b)
   kept = method.draw(inputs, KEY, RATIOS)
   removed = {m: np.asarray(kept[m].removed()) for m in MODALITIES}
+
+  def loss(params):
+    return plain_loss(method, params, inputs, removed)
+
+  return method, params_of(**model), inputs, loss
+
+
+def test_loss_and_gradients_equal_one_example_at_a_time():
+  model = {"depth": 1, "multimodal_depth": 1, "stop_gradient": False}
+  method, params, inputs, loss = plain(6, model)
   (ours, _), found = made.gradient(method)(params, inputs)
-  plain = jax.jit(
-    jax.value_and_grad(lambda p: plain_loss(method, p, inputs, removed))
-  )
-  theirs, expected = plain(params)
+  theirs, expected = jax.jit(jax.value_and_grad(loss))(params)
   np.testing.assert_allclose(ours, theirs, rtol=1e-6)
   close(found, expected, atol=2e-6, rtol=1e-4)
+
+
+def test_loss_of_two_encoders_equals_one_example_at_a_time():
+  model = {"depth": 1, "multimodal_depth": 1, "encoder": "separate"}
+  method, params, inputs, loss = plain(3, model)
+  run = jax.jit(lambda p, x: method.loss(p, x, KEY, STEP)[0])
+  np.testing.assert_allclose(
+    run(params, inputs), jax.jit(loss)(params), rtol=1e-6
+  )
 
 
 def test_padding_of_keys_changes_nothing():
