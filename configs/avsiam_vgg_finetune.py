@@ -112,7 +112,7 @@ def shrink(config: ConfigDict) -> ConfigDict:
   config.data.augment.update(freq_size=24, time_size=48)
   # Ours: what 300 steps on 960 clips learn most with.
   config.data.augment.mixup = 0.0
-  config.schedule.update(base_lr=1.5e-3, step_epochs=(10, 12, 14))
+  config.schedule.update(base_lr=1e-3, warmup_epochs=2.0, step_epochs=(11, 13))
   config.optimizer.multipliers = dict.fromkeys(
     config.optimizer.multipliers, 1.0
   )

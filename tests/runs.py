@@ -78,7 +78,7 @@ def shrink(config, **overrides):
   config.model.update(MODEL)
   config.model.update(PER_METHOD[config.method])
   config.total_steps, config.total_epochs = 2, 0.0
-  if config.method in ("cavmae", "deteclap", "avsiam"):
+  if config.method in ("cavmae", "deteclap", "avsiam", "avsiam_finetune"):
     config.schedule.warmup_epochs = 0.0  # longer than two steps
   config.batch_size = 8
   config.log_every = 1
