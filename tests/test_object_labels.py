@@ -32,8 +32,6 @@ from tests.object_models import NAMES
 from tests.test_media import write_file
 
 ROOT = pathlib.Path(__file__).parent.parent
-# torch and transformers take seconds to import: one process does.
-pytestmark = pytest.mark.xdist_group("object_labels")
 
 
 @pytest.fixture(scope="module")

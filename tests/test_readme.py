@@ -14,9 +14,6 @@ import torch
 from data_prep import av_demo, object_labels
 from tests import object_models, public_weights, runs
 
-# One process runs them all, in order: some read what others wrote.
-pytestmark = pytest.mark.xdist_group("readme")
-
 TEXT = (runs.ROOT / "README.md").read_text()
 MAIN = ("--config=configs/avmae_vgg.py:demo", "--workdir=runs/demo")
 
@@ -135,20 +132,22 @@ def test_the_two_commands_are_there():
     assert len(block.splitlines()) == 1
 
 
-@pytest.mark.parametrize("line", commands())
-def test_command(line, place, demo_data):
+def check(line, place, demo_data):
   start = next((s for s in EXPECTED if line.startswith(s)), None)
   assert start, f"{line!r} is run by no test"
   expected = EXPECTED[start]
   call = [sys.executable, *shlex.split(line)[1:], *expected.added]
   done = run(call, place, demo_data, expected.devices)
-  text = done.stdout + done.stderr
+  text = f"{line}\n{done.stdout}{done.stderr}"
   assert done.returncode == expected.code, text[-3000:]
   assert all(words in text for words in expected.words), text[-3000:]
 
 
-def test_python_snippets(place, demo_data):
+def test_commands_and_snippets(place, demo_data):
+  """One after the other: some read what others wrote."""
+  for line in commands():
+    check(line, place, demo_data)
   for code in blocks("python"):
     done = run([sys.executable, "-c", code], place, demo_data)
-    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.returncode == 0, f"{code}\n{done.stderr[-3000:]}"
     assert done.stdout.strip()

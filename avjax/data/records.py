@@ -178,8 +178,8 @@ class Split:
 
   def labels(self) -> list[np.ndarray]:
     """The class numbers of each clip, the main one first; may be empty."""
-    ends = self.column("label_ends")[: self._count]
-    return np.split(self.column("label"), ends)[: self._count]
+    ends = self.column("label_ends")[: len(self)]
+    return np.split(self.column("label"), ends)[: len(self)]
 
   def label_weights(self) -> np.ndarray:
     """float64 [clips]: sum over labels of 1000 / (clips with it + 0.01).
