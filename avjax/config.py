@@ -219,6 +219,18 @@ AUGMENT = {
 }
 
 
+# The built-in data set: `config.data.demo`.
+DEMO = {
+  "clips_per_class": 40,
+  "test_per_class": 10,
+  "seed": 0,
+  # Of object_scores='truth': share of present objects that score below 0.5, and
+  # of absent ones that score above.
+  "missed": 0.3,
+  "imagined": 0.005,
+}
+
+
 def data_section() -> ConfigDict:
   """`config.data`: which clips, how they are cut and what is done to them."""
   return ConfigDict(
@@ -269,15 +281,7 @@ def data_section() -> ConfigDict:
         "gigabytes": 8.0,  # of decoded frames
         "channels": "mean",  # first
       },
-      "demo": {
-        "clips_per_class": 40,
-        "test_per_class": 10,
-        "seed": 0,
-        # Of object_scores='truth': share of present objects that score below
-        # 0.5, and of absent ones that score above.
-        "missed": 0.3,
-        "imagined": 0.005,
-      },
+      "demo": DEMO,
     }
   )
 
