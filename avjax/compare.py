@@ -24,7 +24,6 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 from absl import flags, logging
 from jaxtyping import Bool, Float
@@ -40,7 +39,6 @@ from avjax import (
   ranking,
 )
 from avjax import config as config_lib
-from avjax.checkpoint import restore_params
 from avjax.errors import InputError, unknown
 from avjax.evaluators import retrieval_pictures as pictures
 from avjax.evaluators.base import Context
@@ -115,9 +113,7 @@ def rank(
     workdir=run,
     picture=lambda name, picture, step: None,
   )
-  step, params = restore_params(run.checkpoints, step)
-  shardings = jax.tree.map(lambda x: x.sharding, setup.state_shapes["params"])
-  params = jax.device_put(experiment.live(config, params), shardings)
+  step, params = evaluate.restored(run, setup, step)
   evaluator = evaluators.make(context, section)
   try:
     pairs = evaluator.embed(params)

@@ -86,16 +86,8 @@ class Files(Source):
   """
 
   def __init__(self, media: str | pathlib.Path, threads: int = 0):
-    path = pathlib.Path(media).expanduser()
-    if path.is_file():
-      root, names = path.parent, [path.name]
-    else:
-      root, names = path, sorted(media_folder.walk(path))
-    if not names:
-      known = " ".join(media_folder.EXTENSIONS)
-      raise InputError(f"no media files in {path}; known are {known}")
     self.threads = threads or os.cpu_count() or 1
-    self._paths = {media_folder.readable(name): root / name for name in names}
+    self._paths = media_folder.listed(media)
     super().__init__({i: _signature(p) for i, p in self._paths.items()})
 
   def batches(

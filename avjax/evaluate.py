@@ -72,6 +72,23 @@ def batches(
     stream.close()
 
 
+def restored(
+  run: Workdir, setup: Experiment, step: int | None
+) -> tuple[int, Any]:
+  """A checkpoint's step and parameters, as and where evaluations want them.
+
+  Parameters alone: converted weights have no more than these.
+
+  Args:
+    run: the run's folder.
+    setup: of its config.
+    step: which checkpoint; None = the newest verified one.
+  """
+  step, params = restore_params(run.checkpoints, step)
+  shardings = jax.tree.map(lambda x: x.sharding, setup.state_shapes["params"])
+  return step, jax.device_put(experiment.live(setup.config, params), shardings)
+
+
 def with_settings(config: Any, settings: Sequence[str]) -> dict[str, Any]:
   """Changes how a run is evaluated, in place.
 
@@ -159,11 +176,7 @@ def evaluate(
     raise unknown("evaluation", only, config.evals)
   changed = with_settings(config, settings)
   setup = experiment.build(config)
-  # Parameters alone: converted weights have no more than these.
-  step = named if step is None else step
-  step, params = restore_params(run.checkpoints, step)
-  shardings = jax.tree.map(lambda x: x.sharding, setup.state_shapes["params"])
-  params = jax.device_put(experiment.live(config, params), shardings)
+  step, params = restored(run, setup, named if step is None else step)
   writer = Writer(Workdir(run.root / "evaluation"), step)
   scores = {}
   for name, evaluator in make_evaluators(setup, run, writer).items():

@@ -42,7 +42,7 @@ def ensure(data: Any, folder: pathlib.Path) -> pathlib.Path:
     if not 0 < rate < 1:
       raise InputError(f"data.demo.{name} is {rate}; it lies between 0 and 1")
   out = folder / "_".join(["objects", *map(str, rates.values())])
-  place = {**_plain(data), "dir": str(folder)}
+  place = {**data, "dir": str(folder)}
   splits = [records.Split(place, name) for name in SPLITS]
   with av_demo.lock(folder / ".lock"):
     for modality in object_scores.MODALITIES:
@@ -71,10 +71,6 @@ def _write(
       if found:
         writer.write(names, np.stack(found))
     writer.save()
-
-
-def _plain(data: Any) -> dict[str, Any]:
-  return data.to_dict() if hasattr(data, "to_dict") else dict(data)
 
 
 def truth(

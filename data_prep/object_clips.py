@@ -11,7 +11,6 @@ import numpy as np
 import simplejpeg
 
 from avjax.data import media, media_folder
-from avjax.errors import InputError
 from data_prep import stats
 
 # Own files: pictures 16:9 then fill the 640 pixels that YOLO looks at.
@@ -106,17 +105,11 @@ class Files:
   rate = 16_000  # as data sets are stored
 
   def __init__(self, folder: str | pathlib.Path, limit: int = 0):
-    path = pathlib.Path(folder).expanduser()
-    if path.is_file():
-      root, names = path.parent, [path.name]
-    else:
-      root, names = path, sorted(media_folder.walk(path))
-    if not names:
-      known = " ".join(media_folder.EXTENSIONS)
-      raise InputError(f"no media files in {path}; known are {known}")
-    names = names[:limit] if limit else names
-    self.origin = str(root.resolve())
-    self._paths = {media_folder.readable(name): root / name for name in names}
+    found = media_folder.listed(folder)
+    names = [*found][: limit or None]
+    self._paths = {name: found[name] for name in names}
+    place = pathlib.Path(folder).expanduser().resolve()
+    self.origin = str(place.parent if place.is_file() else place)
     self.ids = list(self._paths)
 
   def read(self, name: str, tracks: str) -> Clip:

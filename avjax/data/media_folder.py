@@ -43,6 +43,24 @@ def walk(folder: str | os.PathLike) -> Iterator[str]:
         yield prefix + name
 
 
+def listed(path: str | os.PathLike) -> dict[str, pathlib.Path]:
+  """Media files under a folder, or one file, by `readable` name, sorted.
+
+  Raises:
+    InputError: there are none.
+  """
+  path = pathlib.Path(path).expanduser()
+  if path.is_file():
+    root, names = path.parent, [path.name]
+  else:
+    root, names = path, sorted(walk(path))
+  if not names:
+    raise InputError(
+      f"no media files in {path}; known are {' '.join(EXTENSIONS)}"
+    )
+  return {readable(name): root / name for name in names}
+
+
 def is_media(name: str) -> bool:
   """Whether a file's name ends in one of EXTENSIONS, in any case."""
   return os.path.splitext(name)[1].lower() in EXTENSIONS
