@@ -15,6 +15,7 @@ those of an image (row, column, channel). There is no CLS token.
 """
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,11 +25,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
-from avjax.errors import InputError, lookup
+from avjax.errors import InputError
 from avjax.nn import masking, sizes
 from avjax.nn.attention import attention, choose
 from avjax.nn.cav_encoder import Grids, Tokens
-from avjax.nn.transformer import MLP, REMAT, XAVIER, qkv_init
+from avjax.nn.transformer import MLP, XAVIER, qkv_init, repeat
 
 LAST_EPS = 1e-6  # of the encoder's last LayerNorm, in the public code, too
 
@@ -303,22 +304,16 @@ class SiamStack(nn.Module):
     counts: Int[Array, "g r"] | None = None,
   ) -> Float[Array, "g n d"]:
     """Tokens of all sequences; `counts` as of `SequenceAttention`."""
-    block, policy = SiamBlock, lookup(REMAT, self.remat, "remat policy")
-    if self.remat != "none":
-      block = nn.remat(SiamBlock, policy=policy, prevent_cse=not self.scan)
     options = (self.parts, self.heads, self.mlp, self.eps, self.attention)
-    if self.scan and self.depth:
-      scan = nn.scan(
-        lambda block, x, counts: (block(x, counts), None),
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        in_axes=nn.broadcast,
-        length=self.depth,
-      )
-      x, _ = scan(block(*options, name="blocks"), x, counts)
-    else:
-      for i in range(self.depth):
-        x = block(*options, name=f"block_{i:02d}")(x, counts)
+    x = repeat(
+      functools.partial(SiamBlock, *options),
+      self.depth,
+      x,
+      counts,
+      scan=self.scan,
+      remat=self.remat,
+      by_layer=False,
+    )
     return norms("norm", self.parts, x, LAST_EPS) if self.norm else x
 
 

@@ -12,6 +12,7 @@ LayerNorm statistics and softmax in float32. Parameters are per layer:
   norm/{scale,bias}                 after the last block
 """
 
+import functools
 import re
 from collections.abc import Callable
 from typing import Any
@@ -161,27 +162,54 @@ class Transformer(nn.Module):
     keep: Float[Array, "l 2 b"] | None = None,
   ) -> Float[Array, "b n d"]:
     """Applies the stack; `keep` is one row of `Block`'s per layer."""
-    policy = lookup(REMAT, self.remat, "remat policy")
-    block = Block
-    if self.remat != "none":
-      # Common subexpressions cannot be shared across the steps of a scan.
-      block = nn.remat(Block, policy=policy, prevent_cse=not self.scan)
     options = (self.heads, self.mlp, self.eps, self.gelu, self.attention)
-    if self.scan and self.depth:
-      scan = nn.scan(
-        lambda block, x, keep: (block(x, keep), None),
-        variable_axes={"params": 0},
-        split_rngs={"params": True},
-        length=self.depth,
-      )
-      x, _ = scan(block(*options, name="blocks"), x, keep)
-    else:
-      for i in range(self.depth):
-        row = None if keep is None else keep[i]
-        x = block(*options, name=f"block_{i:02d}")(x, row)
+    make = functools.partial(Block, *options)
+    x = repeat(make, self.depth, x, keep, scan=self.scan, remat=self.remat)
     if self.norm:
       x = nn.LayerNorm(self.eps, dtype=x.dtype, name="norm")(x)
     return x
+
+
+def repeat(
+  make: functools.partial,
+  depth: int,
+  x: Array,
+  more: Array | None = None,
+  *,
+  scan: bool,
+  remat: str,
+  by_layer: bool = True,
+) -> Array:
+  """Passes `depth` blocks, `block_00` and so on, or `blocks` of a scan.
+
+  To be called within a module, whose parameters they become.
+
+  Args:
+    make: partial of a block's class that lacks the name alone.
+    depth: number of blocks.
+    x: what the first one takes and each gives.
+    more: second argument of the blocks.
+    scan, remat: of `Transformer`.
+    by_layer: whether `more` has a row for each block, or is the same for all.
+  """
+  policy = lookup(REMAT, remat, "remat policy")
+  if remat != "none":
+    # Common subexpressions cannot be shared across the steps of a scan.
+    block = nn.remat(make.func, policy=policy, prevent_cse=not scan)
+    make = functools.partial(block, *make.args)
+  if scan and depth:
+    step = nn.scan(
+      lambda block, x, more: (block(x, more), None),
+      variable_axes={"params": 0},
+      split_rngs={"params": True},
+      in_axes=0 if by_layer else nn.broadcast,
+      length=depth,
+    )
+    return step(make(name="blocks"), x, more)[0]
+  for i in range(depth):
+    row = more[i] if by_layer and more is not None else more
+    x = make(name=f"block_{i:02d}")(x, row)
+  return x
 
 
 def drop_path(
