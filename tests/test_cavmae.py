@@ -401,7 +401,7 @@ def test_reconstructions():
   assert not mask[:, 64:].any()
   # A perfect prediction is the input.
   for m, x in cav_encoder.patches(inputs, method.model).items():
-    target, mean, deviation = method.standardise(m, x)
+    target, mean, deviation = cav_encoder.standardise(m, x, method.model)
     canvas = inputs[cav_encoder.INPUTS[m]]
     image = cav_encoder.paste(
       m, target * deviation + mean, canvas, method.model

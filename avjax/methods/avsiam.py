@@ -28,7 +28,7 @@ from avjax.methods.avsiam_config import (
 )
 from avjax.methods.base import Inputs, Params
 from avjax.methods.cavmae_base import present
-from avjax.nn import cav_encoder, masking, siam_encoder, sizes, tokenizers
+from avjax.nn import cav_encoder, masking, siam_encoder, sizes
 from avjax.nn.cav_encoder import INPUTS, Tokens
 from avjax.nn.siam_autoencoder import MULTIMODAL, SiamAutoencoder
 from avjax.nn.siam_encoder import Masks, Slots
@@ -139,7 +139,10 @@ class AVSiam(SiamMethod):
         noise = masking.example_noise(own, n)
         if m == "audio" and self.model.audio_masking != "unstructured":
           noise = noise if ending else lines(noise, own, grid, ratios, slot)
-      kept = tuple(num_kept(m, n, ratio) for ratio in ratios)
+      kept = tuple(
+        cav_encoder.num_kept(m, n, ratio, "model.ratios with ")
+        for ratio in ratios
+      )
       order = masking.ids_keep(noise, max(kept))
       found[m] = Slots(n, kept, order, example, slot)
     return found
@@ -192,17 +195,12 @@ class AVSiam(SiamMethod):
     """The two terms of L_rec over the removed patches (eq. 3); masks."""
     metrics, seen = {}, {}
     for m, x in cav_encoder.patches(inputs, self.model).items():
-      target, _, _ = self.standardise(m, x)
+      target, _, _ = cav_encoder.standardise(m, x, self.model)
       removed = seen[f"removed/{m}"] = kept[m].removed()
       metrics[f"loss_{m}"] = losses.masked_mse(
         prediction[m], target, removed, present(inputs, (m,))
       )
     return metrics, seen
-
-  def standardise(self, m: str, patches: Float[Array, "b n p"]) -> Any:
-    """Targets, and the mean and deviation that undo them."""
-    kind = "patch" if self.model.norm_pix else "none"
-    return tokenizers.standardise(patches, m, kind, ddof=1)
 
   def reconstruct(
     self, params: Params, inputs: Inputs, rng: jax.Array
@@ -217,17 +215,8 @@ class AVSiam(SiamMethod):
     module, ratios, ending, _, _ = self.passes(self.autoencoder(inputs))[-1]
     kept = self.draw(inputs, rng, ratios[-1:], ending)
     out = self.apply(module, params, inputs, kept)
-    result, paste = {}, cav_encoder.paste
-    for m, x in cav_encoder.patches(inputs, self.model).items():
-      _, mean, deviation = self.standardise(m, x)
-      image = out["prediction"][m].astype(jnp.float32) * deviation + mean
-      removed = jnp.broadcast_to(kept[m].removed()[..., None], x.shape)
-      canvas = inputs[INPUTS[m]]
-      none = jnp.zeros(canvas.shape, bool)
-      result[f"{m}/input"] = canvas
-      result[f"joint/{m}/output"] = paste(m, image, canvas, self.model)
-      result[f"joint/{m}/mask"] = paste(m, removed, none, self.model)
-    return result
+    removed = {m: kept[m].removed() for m in kept}
+    return cav_encoder.pictures(inputs, out["prediction"], removed, self.model)
 
   def group(self, path: str) -> str:
     """See `SiamMethod.group`; FROZEN where no loss reaches."""
@@ -236,21 +225,6 @@ class AVSiam(SiamMethod):
     # The public reconstruction has another encoder for sound.
     alone = self.model.public_base and not self.model.contrast_weight
     return FROZEN if alone and AUDIO_NORM.match(path) else "default"
-
-
-def num_kept(m: str, n: int, ratio: float) -> int:
-  """How many of n tokens stay visible: `int(n (1 - ratio))` (public code).
-
-  Raises:
-    InputError: none.
-  """
-  kept = int(n * (1 - ratio))
-  if not 0 < kept <= n:
-    raise InputError(
-      f"model.ratios with {ratio} keeps {kept} of the {n} patches of {m}; at "
-      "least 1 has to stay"
-    )
-  return kept
 
 
 def lines(

@@ -25,7 +25,7 @@ from avjax.errors import InputError
 from avjax.methods.base import Inputs, Params
 from avjax.methods.cavmae_base import CAVMethod, present
 from avjax.methods.cavmae_config import DECODER_SIZES, default_model
-from avjax.nn import av_encoder, cav_encoder, masking, sizes, tokenizers
+from avjax.nn import av_encoder, cav_encoder, masking, sizes
 from avjax.nn.cav_encoder import (
   ALONE,
   INPUTS,
@@ -156,7 +156,8 @@ class CAVMAE(CAVMethod):
           noise = masking.whole_lines(
             noise, own, grid, rows=rows, columns=columns
           )
-      ids[m] = masking.ids_keep(noise, num_kept(m, n, ratio))
+      kept = cav_encoder.num_kept(m, n, ratio, f"model.mask_{m}=")
+      ids[m] = masking.ids_keep(noise, kept)
     return ids
 
   # --- Objective ---
@@ -191,18 +192,13 @@ class CAVMAE(CAVMethod):
     """L_a and L_v over the removed patches; targets and masks."""
     metrics, seen = {}, {}
     for m, x in cav_encoder.patches(inputs, self.model).items():
-      target, _, _ = self.standardise(m, x)
+      target, _, _ = cav_encoder.standardise(m, x, self.model)
       removed = masking.removed(ids[m], x.shape[1])
       metrics[f"loss_{m}"] = losses.masked_mse(
         prediction[m], target, removed, present(inputs, (m,))
       )
       seen[f"target/{m}"], seen[f"removed/{m}"] = target, removed
     return metrics, seen
-
-  def standardise(self, m: str, patches: Float[Array, "b n p"]) -> Any:
-    """Targets, and the mean and deviation that undo them."""
-    kind = "patch" if self.model.norm_pix else "none"
-    return tokenizers.standardise(patches, m, kind, ddof=1)
 
   def contrast(
     self, pooled: Mapping[str, Float[Array, "b d"]], inputs: Inputs
@@ -230,19 +226,11 @@ class CAVMAE(CAVMethod):
     module = self.autoencoder(inputs)
     ids = self.draw(inputs, rng)
     out = self.apply(module, params, inputs, [TOGETHER], ids)
-    result = {}
-    for m, x in cav_encoder.patches(inputs, self.model).items():
-      _, mean, deviation = self.standardise(m, x)
-      image = out["prediction"][m].astype(jnp.float32) * deviation + mean
-      removed = masking.removed(ids[m], x.shape[1])[..., None]
-      removed = jnp.broadcast_to(removed, x.shape)
-      canvas = inputs[INPUTS[m]]
-      none = jnp.zeros(canvas.shape, bool)
-      result[f"{m}/input"] = canvas
-      paste = cav_encoder.paste
-      result[f"joint/{m}/output"] = paste(m, image, canvas, self.model)
-      result[f"joint/{m}/mask"] = paste(m, removed, none, self.model)
-    return result
+    removed = {
+      m: masking.removed(ids[m], x.shape[1])
+      for m, x in out["prediction"].items()
+    }
+    return cav_encoder.pictures(inputs, out["prediction"], removed, self.model)
 
   def group(self, path: str) -> str:
     """See `CAVMethod.group`; fixed tables and an unused decoder, too."""
@@ -251,21 +239,6 @@ class CAVMAE(CAVMethod):
     if not self.model.mae_weight and path.startswith(DECODER):
       return FROZEN
     return super().group(path)
-
-
-def num_kept(m: str, n: int, ratio: float) -> int:
-  """How many of n tokens stay visible: `int(n (1 - ratio))` (public code).
-
-  Raises:
-    InputError: none.
-  """
-  kept = int(n * (1 - ratio))
-  if not 0 < kept <= n:
-    raise InputError(
-      f"model.mask_{m}={ratio} keeps {kept} of the {n} patches of {m}; at "
-      "least 1 has to stay"
-    )
-  return kept
 
 
 def lines(kind: str, grid: tuple[int, int], ratio: float) -> tuple[int, int]:

@@ -21,7 +21,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from avjax.errors import InputError, lookup
 from avjax.nn import masking, sizes, tokenizers
@@ -104,6 +104,58 @@ def paste(m: str, x: Array, canvas: Array, model: Any) -> Array:
     return tokenizers.paste(x, canvas, model["patch_video"])
   image = tokenizers.paste(x, canvas.swapaxes(1, 2), model["patch_audio"])
   return image.swapaxes(1, 2)
+
+
+def standardise(m: str, patches: Float[Array, "b n p"], model: Any) -> Any:
+  """Targets of reconstruction, and the mean and deviation that undo them."""
+  kind = "patch" if model["norm_pix"] else "none"
+  return tokenizers.standardise(patches, m, kind, ddof=1)
+
+
+def pictures(
+  inputs: Mapping[str, Any],
+  prediction: Tokens,
+  removed: Mapping[str, Bool[Array, "b _"]],
+  model: Any,
+) -> dict[str, Array]:
+  """What a model made of masked inputs, by `Method.reconstruct`'s names.
+
+  Args:
+    inputs: `fbank` and `frames`.
+    prediction: patches by modality, in the scale of the targets.
+    removed: true where a patch was masked out.
+    model: `config.model`.
+
+  Returns:
+    '<m>/input', 'joint/<m>/output' and 'joint/<m>/mask' of the input's shape,
+    the targets' statistics undone. What fills no patch is shown as it is.
+  """
+  result = {}
+  for m, x in patches(inputs, model).items():
+    _, mean, deviation = standardise(m, x, model)
+    image = prediction[m].astype(jnp.float32) * deviation + mean
+    mask = jnp.broadcast_to(removed[m][..., None], x.shape)
+    canvas = inputs[INPUTS[m]]
+    none = jnp.zeros(canvas.shape, bool)
+    result[f"{m}/input"] = canvas
+    result[f"joint/{m}/output"] = paste(m, image, canvas, model)
+    result[f"joint/{m}/mask"] = paste(m, mask, none, model)
+  return result
+
+
+def num_kept(m: str, n: int, ratio: float, key: str) -> int:
+  """How many of n tokens stay visible: `int(n (1 - ratio))` (public code).
+
+  Raises:
+    InputError: none; names the config's key.
+  """
+  kept = int(n * (1 - ratio))
+  if not 0 < kept <= n:
+    raise InputError(
+      f"{key}{ratio} keeps {kept} of the {n} patches of {m}; at least 1 has "
+      "to stay"
+    )
+  return kept
 
 
 # --- Joint block -------------------------------------------------------------

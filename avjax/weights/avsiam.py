@@ -26,6 +26,7 @@ import numpy as np
 from avjax import trees
 from avjax.errors import InputError
 from avjax.methods import avsiam_config
+from avjax.weights import transfer
 
 PREFIX = "module."
 POSITIONS = "vit_base.pos_embed"
@@ -237,7 +238,7 @@ def _drop_alias(state: dict[str, np.ndarray]) -> None:
 def _tidy(key: str, value: np.ndarray) -> np.ndarray:
   """Public shape -> house shape."""
   if value.ndim == 4:
-    return value.transpose(2, 3, 1, 0).reshape(-1, value.shape[0])
+    return transfer.patch_rows(value)
   if value.ndim == 3:
     if "pos_embed" in key:
       return value[0, 1:] if key == POSITIONS else value[0]
@@ -248,15 +249,7 @@ def _tidy(key: str, value: np.ndarray) -> np.ndarray:
 def _untidy(key: str, value: np.ndarray) -> np.ndarray:
   """House shape -> public shape."""
   if "patch_embed" in key and value.ndim == 2:
-    channels = 1 if "_a." in key else 3
-    side = round((value.shape[0] / channels) ** 0.5)
-    if side * side * channels != value.shape[0]:
-      raise InputError(
-        f"{key!r} has {value.shape[0]} rows, which are no square patch of "
-        f"{channels} channels"
-      )
-    kernel = value.reshape(side, side, channels, -1).transpose(3, 2, 0, 1)
-    return np.ascontiguousarray(kernel)
+    return transfer.patch_kernel(value, 1 if "_a." in key else 3, key)
   if "pos_embed" in key:
     return value[None]
   if "token" in key or "modality" in key:

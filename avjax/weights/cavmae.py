@@ -17,6 +17,7 @@ import numpy as np
 
 from avjax import trees
 from avjax.errors import InputError
+from avjax.weights import transfer
 
 PREFIX = "module."
 
@@ -286,7 +287,7 @@ def _size(name: str, sizes: Mapping[str, tuple[int, str]]) -> str:
 def _tidy(house: str, value: np.ndarray) -> np.ndarray:
   """Public shape -> house shape."""
   if value.ndim == 4:
-    return value.transpose(2, 3, 1, 0).reshape(-1, value.shape[0])
+    return transfer.patch_rows(value)
   if value.ndim == 3:
     return value.reshape(value.shape[1:] if "positions" in house else -1)
   return value.T if value.ndim == 2 else value
@@ -295,15 +296,7 @@ def _tidy(house: str, value: np.ndarray) -> np.ndarray:
 def _untidy(path: str, house: str, m: str, value: np.ndarray) -> np.ndarray:
   """House shape -> public shape."""
   if house.startswith("embed_") and value.ndim == 2:
-    channels = _CHANNELS[m]
-    side = round((value.shape[0] / channels) ** 0.5)
-    if side * side * channels != value.shape[0]:
-      raise InputError(
-        f"{path!r} has {value.shape[0]} rows, which are no square patch of "
-        f"{channels} channels"
-      )
-    kernel = value.reshape(side, side, channels, -1).transpose(3, 2, 0, 1)
-    return np.ascontiguousarray(kernel)
+    return transfer.patch_kernel(value, _CHANNELS[m], path)
   if "positions" in house:
     return value[None]
   if "token" in house:

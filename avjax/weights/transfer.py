@@ -74,6 +74,27 @@ def fill(
   )
 
 
+def patch_rows(kernel: np.ndarray) -> np.ndarray:
+  """PyTorch's [d channel row column] -> ours, [row*column*channel d]."""
+  return kernel.transpose(2, 3, 1, 0).reshape(-1, kernel.shape[0])
+
+
+def patch_kernel(rows: np.ndarray, channels: int, name: str) -> np.ndarray:
+  """The inverse of `patch_rows` for square patches.
+
+  Raises:
+    InputError: the patch is not square; names `name`.
+  """
+  side = round((rows.shape[0] / channels) ** 0.5)
+  if side * side * channels != rows.shape[0]:
+    raise InputError(
+      f"{name!r} has {rows.shape[0]} rows, which are no square patch of "
+      f"{channels} channels"
+    )
+  kernel = rows.reshape(side, side, channels, -1).transpose(3, 2, 0, 1)
+  return np.ascontiguousarray(kernel)
+
+
 def channels(
   value: np.ndarray, shape: tuple[int, ...]
 ) -> tuple[np.ndarray, str] | None:
