@@ -10,8 +10,9 @@ section. Files in DIR:
 | file | |
 |---|---|
 | `comparison_a2v.png`, `comparison_v2a.png` | queries, each model's first |
+| `comparison_map.png` | t-SNE of sounds and pictures, by class |
 | `comparison.csv` | every query's id, direction and rank by model |
-| `comparison.md` | recalls, and in how many queries each model is ahead |
+| `comparison.md` | what the models find, see `table` |
 
 The pictures show queries of two sorts, named in each row: those that the last
 model ranks better than the first by the largest factor, and those drawn at
@@ -30,6 +31,7 @@ from jaxtyping import Bool, Float
 
 from avjax import (
   commands,
+  embedding_map,
   evaluate,
   evaluators,
   experiment,
@@ -42,6 +44,7 @@ from avjax import config as config_lib
 from avjax.errors import InputError, unknown
 from avjax.evaluators import retrieval_pictures as pictures
 from avjax.evaluators.base import Context
+from avjax.evaluators.embeddings import class_numbers
 from avjax.evaluators.retrieval import DIRECTIONS, Pairs, Retrieval
 
 SEED = 0  # of the queries at random
@@ -58,6 +61,8 @@ class Ranked:
     ids: of the clips.
     ranks: direction -> rank of each query's own item, from 1.
     clips: where the pictures come from.
+    labels: classes of each clip, the main one first.
+    classes: names of the classes; () = the data set has none.
   """
 
   name: str
@@ -66,6 +71,8 @@ class Ranked:
   ids: Sequence[str]
   ranks: Mapping[str, Float[np.ndarray, "b"]]
   clips: pictures.Clips
+  labels: embedding_map.Labels = ()
+  classes: Sequence[str] = ()
 
 
 # --- Every model by itself ---
@@ -133,6 +140,7 @@ def _ranked(name: str, evaluator: Retrieval, pairs: Pairs) -> Ranked:
     number=pairs.number[order],
   )
   both = ranking.ranks(pairs.audio, pairs.video)
+  labels = class_numbers(evaluator.built)
   return Ranked(
     name,
     (evaluator.context.config.data.name, evaluator.section.split),
@@ -140,6 +148,8 @@ def _ranked(name: str, evaluator: Retrieval, pairs: Pairs) -> Ranked:
     [str(i) for i in ids[order]],
     {"a2v": both.forward, "v2a": both.backward},
     evaluator.clips,
+    [labels[number] for number in pairs.number],
+    tuple(evaluator.built.metadata.get("classes", {}).get("label", ())),
   )
 
 
@@ -233,6 +243,32 @@ def _similar(pairs: Pairs, way: str, query: int) -> Float[np.ndarray, "b"]:
   return pairs.audio @ pairs.video[query]
 
 
+def draw_map(models: Sequence[Ranked], classes: int) -> plots.Picture | None:
+  """Sounds and pictures of the most frequent classes; None = too few points."""
+  first = models[0]
+  clips, labels = embedding_map.choose(first.labels, classes)
+  if len(clips) < 2:
+    return None
+  panels = {
+    pictures.shortened(m.name): (m.pairs.audio[clips], m.pairs.video[clips])
+    for m in models
+  }
+  return embedding_map.draw(
+    panels,
+    labels,
+    first.classes,
+    title=f"t-SNE of {', split '.join(first.data)}",
+  )
+
+
+def same_class(model: Ranked, way: str) -> str:
+  """Share of queries whose first answer has their class; '' = no classes."""
+  sides = model.pairs.audio, model.pairs.video
+  sides = sides if way == "a2v" else sides[::-1]
+  share = embedding_map.same_class(*sides, model.labels)
+  return "" if np.isnan(share) else f"{share:.3f}"
+
+
 def ahead(
   models: Sequence[Ranked], way: str
 ) -> Mapping[str, Bool[np.ndarray, "b"]]:
@@ -244,11 +280,15 @@ def ahead(
 
 
 def table(models: Sequence[Ranked]) -> str:
-  """Markdown: recalls by direction and model, and how often each is ahead."""
+  """Markdown by direction and model.
+
+  Recalls, how often the first that is found has the query's class, and in how
+  many queries the model alone is ahead.
+  """
   tops = [f"R@{top}" for top in ranking.TOPS]
   lines = [
-    f"| direction | model | {' | '.join(tops)} | ahead |",
-    "|---" * (len(tops) + 3) + "|",
+    f"| direction | model | {' | '.join(tops)} | first of its class | ahead |",
+    "|---" * (len(tops) + 4) + "|",
   ]
   count = len(models[0].ids)
   for way in DIRECTIONS:
@@ -257,13 +297,13 @@ def table(models: Sequence[Ranked]) -> str:
       recalls = [f"{(model.ranks[way] <= k).mean():.3f}" for k in ranking.TOPS]
       lines.append(
         f"| {way} | {model.name} | {' | '.join(recalls)} | "
-        f"{alone[model.name].sum()} of {count} |"
+        f"{same_class(model, way)} | {alone[model.name].sum()} of {count} |"
       )
   return "\n".join([*lines, ""])
 
 
 def write(
-  models: Sequence[Ranked], output: Any, *, count: int, top: int
+  models: Sequence[Ranked], output: Any, *, count: int, top: int, classes: int
 ) -> str:
   """Writes the files into a folder; returns `table`."""
   output = pathlib.Path(output).expanduser()
@@ -280,6 +320,11 @@ def write(
   for way in DIRECTIONS:
     picture = draw(models, way, count=count, top=top)
     plots.save(output / f"comparison_{way}.png", picture)
+  picture = draw_map(models, classes)
+  if picture is None:
+    logging.warning("no map: fewer than two clips have a class")
+  else:
+    plots.save(output / "comparison_map.png", picture)
   return text
 
 
@@ -290,6 +335,7 @@ def compare(
   names: Sequence[str] = (),
   count: int = 6,
   top: int = 3,
+  classes: int = 10,
   **options: Any,
 ) -> str:
   """Ranks, checks and writes.
@@ -300,6 +346,7 @@ def compare(
     names: of the models; () = the parts in which the paths differ.
     count: rows of each picture.
     top: how many of each model's first are shown.
+    classes: how many of the most frequent the map has.
     **options: of `rank`.
 
   Returns:
@@ -318,14 +365,14 @@ def compare(
     raise InputError(f"{len(names)} names for {len(paths)} workdirs")
   if len(set(names)) < len(names):
     raise InputError(f"names {', '.join(names)}: each must be another")
-  for flag, value in (("count", count), ("top", top)):
+  for flag, value in (("count", count), ("top", top), ("classes", classes)):
     if value < 1:
       raise InputError(f"--{flag}={value} must be at least 1")
   models = [
     rank(path, name, **options) for path, name in zip(paths, names, strict=True)
   ]
   check(models)
-  return write(models, output, count=count, top=top)
+  return write(models, output, count=count, top=top, classes=classes)
 
 
 def _names(paths: Sequence[str]) -> list[str]:
@@ -348,13 +395,14 @@ def main(argv: list[str]) -> None:
     names=values.names,
     count=values.count,
     top=values.top,
+    classes=values.classes,
     evaluation=values.eval,
     split=values.split,
     settings=values["set"].value,
   )
   print(text)
-  for way in DIRECTIONS:
-    print(pathlib.Path(values.output) / f"comparison_{way}.png")
+  for path in sorted(pathlib.Path(values.output).glob("comparison_*.png")):
+    print(path)
 
 
 if __name__ == "__main__":
@@ -365,6 +413,7 @@ if __name__ == "__main__":
   flags.DEFINE_string("split", "", "Instead of the one that the entry names.")
   flags.DEFINE_integer("count", 6, "Rows of each picture.")
   flags.DEFINE_integer("top", 3, "How many of each model's first are shown.")
+  flags.DEFINE_integer("classes", 10, "How many the map has.")
   flags.DEFINE_multi_string(
     "set", [], "KEY=VALUE, as avjax.evaluate has it, for all runs."
   )

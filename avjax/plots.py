@@ -12,9 +12,10 @@ from typing import Any
 import matplotlib
 import matplotlib.image
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Int, UInt8
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 Picture = UInt8[np.ndarray, "_ _ 3"]
 Number = float | int
@@ -31,6 +32,7 @@ COLOURS = (
   "#D55E00",
   "#000000",
 )
+POINTS = ("+", "o", "^", "s")  # of sorts of points
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 REMOVED = 160  # grey level of what is masked
 LOG_SPAN = 20  # places that span more have a logarithmic axis
@@ -182,6 +184,59 @@ def _title(figure: Figure, title: str) -> None:
   if title:
     height = figure.get_figheight()
     figure.text(0.01, 1 - 0.08 / height, title, va="top", fontsize=9)
+
+
+# ---------------------------------------------------------------- points
+
+
+def scatter_panels(
+  panels: Mapping[str, Mapping[str, Float[np.ndarray, "n 2"]]],
+  groups: Int[np.ndarray, "n"],
+  names: Sequence[str],
+  *,
+  title: str = "",
+) -> Picture:
+  """Points without axes, one panel beside the other, with one legend below.
+
+  Args:
+    panels: heading -> sort of point -> places. Each sort has its marker.
+    groups: of each point, of every sort and panel; each has its colour.
+    names: of the groups.
+    title: above all.
+  """
+  across = min(3, len(panels))
+  down = -(-len(panels) // across)
+  entries = len(names) + len(next(iter(panels.values())))
+  rows = -(-entries // (2 * across))
+  size = (4.2 * across, 4.4 * down + 0.2 * rows + 0.4)
+  figure = Figure(size, dpi=DPI, layout="constrained")
+  figure.suptitle(title, fontsize=10)
+  axes = figure.subplots(down, across, squeeze=False).flatten().tolist()
+  colours = matplotlib.colormaps["tab10" if len(names) <= 10 else "tab20"]
+  for axis in axes[len(panels) :]:
+    axis.set_axis_off()
+  for axis, (heading, sorts) in zip(axes, panels.items(), strict=False):
+    axis.set_title(heading, fontsize=9)
+    axis.set_xticks([])
+    axis.set_yticks([])
+    for (_, places), marker in zip(sorts.items(), POINTS, strict=False):
+      axis.scatter(
+        places[:, 0], places[:, 1], c=colours(groups % colours.N), s=26,
+        marker=marker, linewidths=1.1 if marker == "+" else 0.0, alpha=0.85,
+      )  # fmt: skip
+  entries = [
+    Line2D([], [], ls="", marker=marker, color="0.2", label=name)
+    for name, marker in zip(next(iter(panels.values())), POINTS, strict=False)
+  ]
+  entries += [
+    Line2D([], [], ls="", marker="s", color=colours(i % colours.N), label=name)
+    for i, name in enumerate(names)
+  ]
+  figure.legend(
+    handles=entries, fontsize=8, frameon=False, ncols=2 * across,
+    loc="outside lower center",
+  )  # fmt: skip
+  return to_array(figure)
 
 
 # ---------------------------------------------------------------- curves

@@ -54,8 +54,8 @@ def test_recalls_and_who_is_ahead():
   models = [ranked("one", [1, 7, INF]), ranked("two", [1, 2, 11])]
   lines = compare.table(models).splitlines()
   assert lines[2:4] == [
-    "| a2v | one | 0.333 | 0.333 | 0.667 | 0 of 3 |",
-    "| a2v | two | 0.333 | 0.667 | 0.667 | 2 of 3 |",
+    "| a2v | one | 0.333 | 0.333 | 0.667 |  | 0 of 3 |",
+    "| a2v | two | 0.333 | 0.667 | 0.667 |  | 2 of 3 |",
   ]
   third = ranked("three", [1, 2, 20])
   assert compare.ahead([*models, third], "a2v")["two"].tolist() == [
@@ -141,6 +141,10 @@ def test_two_models_side_by_side(pair, tmp_path):
     # All are shown, so a row has its own in a frame for both models.
     assert (image == GREEN).all(axis=-1).sum() > 2 * 2_000
     assert image.shape[1] > 17 * 170
+  # A map for each model; the first clips are of as many classes.
+  assert matplotlib.image.imread(tmp_path / "comparison_map.png").size
+  ahead = text.split("\n")[2].split(" | ")[-2:]
+  assert 0 <= float(ahead[0]) <= 1
 
 
 def test_what_is_of_the_query_and_what_of_its_class(pair):
