@@ -6,6 +6,10 @@ On a CPU, rates are per CPU second, the minimum of the repeats counts and the
 matrix-product peak is measured in turn with the step; with `--pin` the process
 is bound to one core, so that they are rates of one core. On a GPU, rates are
 per second and the median counts.
+
+python -m avjax.benchmark --compare avsiam cavmae avmae --pin
+
+has the steps of several systems side by side instead, see avjax.throughput.
 """
 
 import contextlib
@@ -27,6 +31,7 @@ from avjax import commands
 # Rows, inner and columns of the products whose best rate is called the peak.
 PEAK_SHAPES = ((944, 768, 3072), (1888, 768, 768), (1024, 1024, 1024),
                (8192, 8192, 8192))  # fmt: skip
+DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,41 +92,71 @@ def peak_functions(dtype: str, device: str) -> list[tuple[int, Any]]:
   return result
 
 
+class Step:
+  """A training step on a synthetic batch that lies on the device.
+
+  A call runs it once, to its end.
+
+  Attributes:
+    setup: the experiment.
+    compiled: (state, batch) -> (state, metrics).
+    compile_seconds: that tracing and compiling took; CPU seconds on a CPU.
+    state: before the next call.
+    clips: in the batch.
+    flops: of the step's matrix products, over all devices.
+  """
+
+  def __init__(self, setup: Any):
+    import jax
+
+    from avjax import experiment, flops
+
+    now = clock(jax.default_backend())
+    began = now()
+    self.setup, self.compiled = setup, setup.compile_step()
+    self.compile_seconds = now() - began
+    self.flops = flops.count(
+      lambda s, b: experiment.train_step(setup, s, b),
+      setup.state_shapes,
+      setup.batch_shapes,
+    )
+    self.clips = next(iter(setup.batch_shapes.values())).shape[0]
+    self.state = setup.init_state()
+    self._batch = experiment.synthetic_batch(setup)
+
+  def __call__(self) -> None:
+    import jax
+
+    self.state, metrics = self.compiled(self.state, self._batch)
+    jax.block_until_ready(metrics)
+
+
+def time_steps(steps: list[Step], repeats: int) -> tuple[list[float], float]:
+  """Seconds of each step and the peak in FLOP/s, all measured in turn."""
+  import jax
+
+  device, setup = jax.default_backend(), steps[0].setup
+  peaks = peak_functions(setup.config.dtype, device)
+  times = timed([*steps, *(f for _, f in peaks)], repeats, device)
+  seconds, rest = times[: len(steps)], times[len(steps) :]
+  peak = max(n / t for (n, _), t in zip(peaks, rest, strict=True))
+  return seconds, peak * (setup.mesh.size if device != "cpu" else 1)
+
+
 def bench_step(setup: Any, repeats: int) -> tuple[list[Row], Any]:
   """The peak and the step on a synthetic batch that lies on the device.
 
   Returns:
-    Rows, and a function (state, batch) -> (state, metrics).
+    Rows, and a function (state, batch) -> (state, metrics) with the state.
   """
-  import jax
-
-  from avjax import experiment, flops
-
-  device = jax.default_backend()
-  compiled = setup.compile_step()
-  batch = experiment.synthetic_batch(setup)
-  holder = {"state": setup.init_state()}
-
-  def step() -> None:
-    holder["state"], metrics = compiled(holder["state"], batch)
-    jax.block_until_ready(metrics)
-
-  peaks = peak_functions(setup.config.dtype, device)
-  times = timed([step, *(f for _, f in peaks)], repeats, device)
-  peak = max(n / t for (n, _), t in zip(peaks, times[1:], strict=True))
-  peak *= setup.mesh.size if device != "cpu" else 1
-  work = flops.count(
-    lambda s, b: experiment.train_step(setup, s, b),
-    setup.state_shapes,
-    setup.batch_shapes,
-  )
-  clips = next(iter(setup.batch_shapes.values())).shape[0]
-  rate = work / times[0]
+  step = Step(setup)
+  (seconds,), peak = time_steps([step], repeats)
+  rate = step.flops / seconds
   rows = [
     Row("matrix-product peak", 0.0, peak, 1.0),
-    Row("step, synthetic batch", clips / times[0], rate, rate / peak),
+    Row("step, synthetic batch", step.clips / seconds, rate, rate / peak),
   ]
-  return rows, (compiled, holder["state"])
+  return rows, (step.compiled, step.state)
 
 
 def host_batches(config: Any, batch_size: int) -> Iterator[dict[str, Any]]:
@@ -256,38 +291,105 @@ def with_data(config: Any, batch_size: int, stack: contextlib.ExitStack) -> Any:
   return config
 
 
-def main(argv: list[str]) -> None:
-  """Prints the table; with --json also writes it."""
-  del argv
-  values = flags.FLAGS
-  config = commands.with_demo_data(values.config)
-  if config.stages:
-    config = config[values.stage or config.stages[0]]
-  if values.pin:
-    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[-1]})
-    os.environ["NPROC"] = os.environ["OMP_NUM_THREADS"] = "1"
+def check_flags(values: Any, words: list[str]) -> None:
+  """Either a config or systems are measured, with flags that go with it.
+
+  Raises:
+    InputError: both or neither are, or a flag goes with the other.
+  """
+  from avjax.errors import InputError
+
+  if values.compare and values.config is not None:
+    raise InputError(
+      "--config measures one config, --compare several systems: give one of "
+      "the two"
+    )
+  if values.compare and not words:
+    raise InputError("--compare needs names of systems: --compare avsiam avmae")
+  if not values.compare and values.config is None:
+    raise InputError(
+      "what to measure? --config=configs/avmae_vgg.py:size=B, or --compare "
+      "avsiam cavmae avmae"
+    )
+  other = {"stage": "--config"} if values.compare else dict.fromkeys(
+    ("demo", "dtype"), "--compare"
+  )  # fmt: skip
+  for name, where in other.items():
+    if values[name].present:
+      raise InputError(f"--{name} goes with {where} alone")
+
+
+def pin() -> None:
+  """Binds the process to one core; before JAX starts."""
+  os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[-1]})
+  os.environ["NPROC"] = os.environ["OMP_NUM_THREADS"] = "1"
+
+
+def place(pinned: bool) -> str:
+  """What was measured on, in words."""
   import jax
 
-  rows = benchmark(config, values.batch_size, values.repeats)
-  device = jax.devices()[0]
-  title = (
-    f"{config.method} on {device.device_kind}, "
-    f"{'one pinned core, per CPU second' if values.pin else jax.device_count()}"
-    f"{'' if values.pin else ' device(s)'}, {config.dtype}, batch "
-    f"{values.batch_size or config.batch_size}"
-  )
-  print(table(rows, title))
+  kind = jax.devices()[0].device_kind
+  if pinned:
+    return f"{kind}, one pinned core, per CPU second"
+  return f"{kind}, {jax.device_count()} device(s)"
+
+
+def main(argv: list[str]) -> None:
+  """Prints the table; with --json also writes it."""
+  values = flags.FLAGS
+  check_flags(values, argv[1:])
+  config = None
+  if not values.compare:
+    config = commands.with_demo_data(values.config)
+    if config.stages:
+      config = config[values.stage or config.stages[0]]
+  if values.pin:
+    pin()
+  if config is None:
+    from avjax import throughput
+
+    title, text, rows = throughput.command(values, argv[1:])
+  else:
+    rows = benchmark(config, values.batch_size, values.repeats or 5)
+    title = (
+      f"{config.method} on {place(values.pin)}, {config.dtype}, batch "
+      f"{values.batch_size or config.batch_size}"
+    )
+    text = table(rows, title)
+  print(text)
   if values.json:
     with open(values.json, "w") as file:
       record = {"title": title, "rows": [dataclasses.asdict(r) for r in rows]}
       json.dump(record, file, indent=2)
 
 
+def define_flags(values: flags.FlagValues) -> None:
+  """The command's flags."""
+  config_flags.DEFINE_config_file(
+    "config", None, "The config to measure.", flag_values=values
+  )
+  own = {"flag_values": values}
+  flags.DEFINE_integer(
+    "batch_size", 0, "Instead of the config's, or of 12.", 0, **own
+  )
+  flags.DEFINE_integer(
+    "repeats", None, "Counted; default 5, with --compare on a GPU 20.", 1, **own
+  )
+  flags.DEFINE_bool("pin", False, "Bind the process to one core.", **own)
+  flags.DEFINE_string(
+    "stage", "", "Of a staged config; default the first.", **own
+  )
+  flags.DEFINE_string("json", "", "Also write the table there.", **own)
+  flags.DEFINE_bool(
+    "compare", False, "Measure the systems named after it.", **own
+  )
+  flags.DEFINE_bool("demo", False, "With --compare: demo size.", **own)
+  flags.DEFINE_enum(
+    "dtype", "float32", DTYPES, "With --compare: of the computation.", **own
+  )
+
+
 if __name__ == "__main__":
-  config_flags.DEFINE_config_file("config", None, "The config to measure.")
-  flags.DEFINE_integer("batch_size", 0, "Instead of the config's.")
-  flags.DEFINE_integer("repeats", 5, "Counted repeats.", lower_bound=1)
-  flags.DEFINE_bool("pin", False, "Bind the process to one core.")
-  flags.DEFINE_string("stage", "", "Of a staged config; default the first.")
-  flags.DEFINE_string("json", "", "Also write the table there.")
-  commands.run(main, required=("config",))
+  define_flags(flags.FLAGS)
+  commands.run(main, words="compare")

@@ -14,8 +14,18 @@ from avjax.errors import InputError
 CPU_FLAG = "--xla_cpu_prefer_vector_width=512"
 
 
-def run(main: Callable[[list[str]], Any], required: Sequence[str] = ()) -> None:
-  """`app.run`, but an InputError is one line and exit status 2."""
+def run(
+  main: Callable[[list[str]], Any],
+  required: Sequence[str] = (),
+  words: str = "",
+) -> None:
+  """`app.run`, but an InputError is one line and exit status 2.
+
+  Args:
+    main: given the program's name and the words that are no flags.
+    required: flags that have to be given.
+    words: the flag with which there may be such words.
+  """
   present = os.environ.get("XLA_FLAGS", "")
   if CPU_FLAG.split("=")[0] not in present:
     os.environ["XLA_FLAGS"] = f"{present} {CPU_FLAG}".strip()
@@ -23,7 +33,7 @@ def run(main: Callable[[list[str]], Any], required: Sequence[str] = ()) -> None:
 
   def guarded(argv: list[str]) -> Any:
     try:
-      if len(argv) > 1:
+      if len(argv) > 1 and not (words and flags.FLAGS[words].value):
         raise InputError(f"unexpected argument {argv[1]!r}")
       return main(argv)
     except InputError as error:

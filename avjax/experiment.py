@@ -89,12 +89,16 @@ class Experiment:
     return optim.averaged(section, state["average"], state["params"])
 
 
-def build(config: Any, *, batch_size: int = 0) -> Experiment:
+def build(
+  config: Any, *, batch_size: int = 0, steps_per_epoch: int = 0
+) -> Experiment:
   """The experiment of one stage's config.
 
   Args:
     config: one stage, resolved; see avjax.config.base_config.
     batch_size: instead of the config's (benchmarks).
+    steps_per_epoch: instead of the built data set's, which then need not be
+      there (benchmarks).
 
   Raises:
     InputError: what the config asks for does not fit together.
@@ -103,7 +107,8 @@ def build(config: Any, *, batch_size: int = 0) -> Experiment:
   mesh = parallel.make_mesh(config.mesh)
   method = methods.make(config)
   check_batch(config, batch_size, mesh, method.batch_multiple)
-  steps_per_epoch = pipeline.steps_per_epoch(config.data, batch_size)
+  if not steps_per_epoch:
+    steps_per_epoch = pipeline.steps_per_epoch(config.data, batch_size)
   total_steps = number_of_steps(config, steps_per_epoch)
   batch_shapes = shapes_of_batch(config, batch_size, mesh)
   learning_rate = optim.schedule(

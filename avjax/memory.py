@@ -1,23 +1,43 @@
 """Memory in words: of a compiled program, and of the device just now."""
 
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
 
+class Bytes(NamedTuple):
+  """What a program needs of one device: its arrays, and what it works with."""
+
+  held: int
+  temporary: int
+
+
 def of_program(compiled: Any) -> str:
   """What one device holds while a compiled program runs."""
+  found = analysis(compiled)
+  if found is None:
+    return "memory not known"
+  return (
+    f"{in_words(sum(found))} per device ({in_words(found.held)} held, "
+    f"{in_words(found.temporary)} temporary)"
+  )
+
+
+def analysis(compiled: Any) -> Bytes | None:
+  """The same as numbers, by the compiler; None where it does not tell."""
   stats = compiled.memory_analysis()
   if stats is None:
-    return "memory not known"
+    return None
   held = stats.argument_size_in_bytes + stats.output_size_in_bytes
   held -= stats.alias_size_in_bytes
-  total = held + stats.temp_size_in_bytes
-  return (
-    f"{in_words(total)} per device ({in_words(held)} held, "
-    f"{in_words(stats.temp_size_in_bytes)} temporary)"
-  )
+  return Bytes(held, stats.temp_size_in_bytes)
+
+
+def measured_peak() -> int:
+  """Most bytes in use so far on the first device; 0 where it does not tell."""
+  stats = jax.local_devices()[0].memory_stats() or {}
+  return stats.get("peak_bytes_in_use", 0)
 
 
 def now() -> str:

@@ -1,10 +1,15 @@
 """What is measured follows the batch that is asked for."""
 
+import contextlib
+import json
+
 import jax
 import pytest
+from absl import flags
 
-from avjax import benchmark, experiment
+from avjax import benchmark, experiment, throughput
 from avjax.data import object_scores
+from avjax.errors import InputError
 from configs import cavmae_audioset
 from data_prep import synthetic
 from tests import runs
@@ -51,3 +56,97 @@ def test_noise_stands_in_for_object_scores(tmp_path):
   for scores in found.values():
     assert scores.values.shape == (3, 601) and scores.scored().all()
     assert scores.clips[2] == synthetic.clip_id(2)
+
+
+def parse(*words):
+  """Flags of the command, and the words that are none."""
+  values = flags.FlagValues()
+  benchmark.define_flags(values)
+  return values, values(["benchmark", *words])
+
+
+# ml_collections reads config files in a way that Python will drop.
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+@pytest.mark.parametrize(
+  "words, error",
+  [
+    ((), "what to measure"),
+    (("--compare",), "needs names"),
+    (("--compare", "avmae", "--stage=pretrain"), "--stage goes with --config"),
+    (
+      ("--config=configs/cavmae_audioset.py", "--compare", "avmae"),
+      "give one of the two",
+    ),
+    (
+      ("--config=configs/cavmae_audioset.py", "--demo"),
+      "--demo goes with --compare",
+    ),
+  ],
+)
+def test_flags_that_do_not_go_together(words, error, monkeypatch):
+  monkeypatch.chdir(runs.ROOT)
+  values, argv = parse(*words)
+  with pytest.raises(InputError, match=error):
+    benchmark.check_flags(values, argv[1:])
+
+
+def test_an_unknown_system_is_refused_with_the_nearest():
+  with pytest.raises(InputError, match="'avsaim'. Did you mean 'avsiam'"):
+    throughput.config_of("avsaim", contextlib.ExitStack())
+
+
+@pytest.mark.parametrize("name", throughput.SYSTEMS)
+def test_systems_are_base_models(name):
+  """Of paper size in bfloat16, and one for all of the demo's batch size."""
+  with contextlib.ExitStack() as stack:
+    config = throughput.config_of(name, stack, dtype="bfloat16")
+    assert (config.model.size, config.dtype) == ("B", "bfloat16")
+    assert not config.model.scan
+    demo = throughput.config_of(name, stack, demo=True)
+    assert demo.data.name == "av_demo" and demo.model.width < 768
+
+
+def test_systems_side_by_side(tmp_path, monkeypatch, capsys):
+  """The command on tiny systems, no data set being built."""
+
+  def config_of(name, stack, *, dtype, demo):
+    assert (dtype, demo) == ("float32", True)
+    return runs.plain(runs.stage(throughput.SYSTEMS[name][0]))
+
+  monkeypatch.setattr(throughput, "config_of", config_of)
+  values, argv = parse(
+    "--compare", "cavmae", "avsiam", "--demo", "--batch_size=8", "--repeats=1",
+    f"--json={tmp_path / 'rows.json'}",
+  )  # fmt: skip
+  monkeypatch.setattr(flags, "FLAGS", values)
+  benchmark.main(argv)
+  record = json.loads((tmp_path / "rows.json").read_text())
+  title, _, head, _, *lines = capsys.readouterr().out.splitlines()
+  assert title == record["title"]
+  for words in ("float32", "batch 8", "least of 1", "demo size"):
+    assert words in title
+  first, second = record["rows"]
+  assert [r["system"] for r in record["rows"]] == ["cavmae", "avsiam"]
+  assert len(lines) == 2 and all(x.count("|") == head.count("|") for x in lines)
+  assert lines[0].startswith("| cavmae | 1, 3 | ")
+  assert first["ratio"] == 1
+  assert second["ratio"] == pytest.approx(
+    second["clips_per_s"] / first["clips_per_s"]
+  )
+  for found in record["rows"]:
+    assert min(v for k, v in found.items() if k != "system") > 0
+    # Parameters and two moments of float32 at least.
+    assert found["held_bytes"] > 12 * found["parameters"]
+    assert found["flops_per_s"] == pytest.approx(
+      found["flops_per_clip"] * found["clips_per_s"]
+    )
+
+
+def test_frozen_parameters_are_not_counted():
+  config = runs.plain(runs.stage("cavmae_audioset"))
+  setup = experiment.build(config, batch_size=8, steps_per_epoch=1)
+  every = sum(x.size for x in jax.tree.leaves(setup.state_shapes["params"]))
+  moved = sum(
+    x.size for x in jax.tree.leaves(setup.state_shapes["opt_state"]["mu"])
+  )
+  assert 0 < throughput.trained(setup) == moved < every
