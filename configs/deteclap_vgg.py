@@ -36,6 +36,7 @@ Cost: that of configs/cavmae_vgg.py; the heads add 6 MFLOP per clip.
 from ml_collections import ConfigDict
 
 from avjax import config as config_lib
+from avjax.errors import InputError
 from avjax.methods import deteclap
 from configs import cavmae_audioset, cavmae_vgg, cavmae_vgg_finetune
 
@@ -52,11 +53,24 @@ VARIANTS = {v: {**PAPER, "variant": v} for v in (*deteclap.LABELS, "none")}
 def get_config(arg: str | None = None) -> ConfigDict:
   """Both stages."""
   args = config_lib.parse_variants(arg, VARIANTS, cavmae_audioset.DEMO)
+  check_thresholds(args)
   finetune = "pretrain=scratch" + (",demo" if args.demo else "")
   return config_lib.staged(
     pretrain=pretraining(args),
     finetune=cavmae_vgg_finetune.get_config(finetune),
   )
+
+
+def check_thresholds(args: ConfigDict) -> None:
+  """Raises InputError for a threshold that the variant does not look at."""
+  soft = args.variant == "none" or args.variant.startswith("soft")
+  used = () if soft else deteclap.LABELS[args.variant]
+  for m in ("audio", "video"):
+    key = f"threshold_{m}"
+    if m not in used and args[key] != PAPER[key]:
+      raise InputError(
+        f"{key}={args[key]} has no effect with variant={args.variant}"
+      )
 
 
 def pretraining(args: ConfigDict) -> ConfigDict:

@@ -265,6 +265,7 @@ def test_mixed_clips_are_refused():
     ({"labels": "xor"}, "Did you mean 'or'"),
     ({"threshold_audio": 1.5}, "threshold_audio=1.5"),
     ({"threshold": 0.5}, "threshold_"),
+    ({"label_weight": -1.0}, r"label_weight=-1\.0"),
   ],
 )
 def test_wrong_keys_are_refused(model, words):

@@ -63,6 +63,9 @@ def test_fine_tuning_is_cav_maes_and_starts_from_it():
   [
     ("variant=xor", "Did you mean 'or'"),
     ("threshold=0.5", "threshold_audio|threshold_video"),
+    ("variant=none,threshold_audio=0.3", "threshold_audio=0.3 has no effect"),
+    ("variant=soft_max,threshold_video=0.3", "no effect with variant=soft_max"),
+    ("variant=audio,threshold_video=0.3", "threshold_video=0.3 has no effect"),
     ("pretrain=vgg", "value of config argument pretrain"),
   ],
 )

@@ -90,6 +90,10 @@ class DETECLAP(cavmae.CAVMAE):
         raise InputError(
           f"model.threshold_{m}={threshold}: thresholds lie between 0 and 1"
         )
+    if self.model.label_weight < 0:
+      raise InputError(
+        f"model.label_weight={self.model.label_weight} must not be below 0"
+      )
     # The heads read what these passes give, whatever the contrast's weight.
     self.passes += [p for p in ALONE.values() if p not in self.passes]
 
