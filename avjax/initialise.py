@@ -21,8 +21,6 @@ from avjax.methods.base import Loaded, Method
 from avjax.weights import families, image, transfer
 from avjax.workdir import Workdir, workdir
 
-# Beginnings of methods' names.
-MEL_FIRST = ("cavmae", "deteclap", "avsiam")
 STAGES = "stages.json"  # in a staged run's folder: the names in order
 
 
@@ -30,9 +28,10 @@ STAGES = "stages.json"  # in a staged run's folder: the names in order
 class Source:
   """Parameters under the house's names and the config they came from.
 
-  An image model's (MAE, ViT) are an image tree (`avjax.weights.image`) and its
-  config is `image.CONFIG`: it can start a model but is none. `family` is that
-  of a file, see `avjax.weights.families.FAMILIES`.
+  An image model's (MAE, ViT), or AST's, are an image tree
+  (`avjax.weights.image`) and its config is `image.CONFIG`: it can start a model
+  but is none. `family` is that of a file, see
+  `avjax.weights.families.FAMILIES`.
   """
 
   params: Any
@@ -214,10 +213,11 @@ def adapt(method: Method, params: Any, parts: dict[str, Source]) -> Loaded:
 def _turned(part: Source, config: Any) -> Any:
   """The source's parameters with its spectrogram as the model has it.
 
-  Patches and audio tokens of MEL_FIRST are ordered mel first, those of AV-MAE
-  and MBT time first.
+  Patches and audio tokens of `image.MEL_FIRST` are ordered mel first, those of
+  AV-MAE and MBT time first.
   """
-  first = [c["method"].startswith(MEL_FIRST) for c in (part.config, config)]
+  mel_first = image.MEL_FIRST
+  first = [c["method"].startswith(mel_first) for c in (part.config, config)]
   embed = part.params.get("embed_audio")
   if part.config["method"] == image.METHOD or first[0] == first[1] or not embed:
     return part.params

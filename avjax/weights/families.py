@@ -23,7 +23,16 @@ from avjax import config as config_lib
 from avjax import trees
 from avjax.errors import InputError, lookup
 from avjax.nn import sizes
-from avjax.weights import avsiam, cavmae, formats, image, mae, scenic, vit
+from avjax.weights import (
+  ast,
+  avsiam,
+  cavmae,
+  formats,
+  image,
+  mae,
+  scenic,
+  vit,
+)
 
 State = Mapping[str, np.ndarray]
 
@@ -135,13 +144,19 @@ FAMILIES = {
     lambda state: (vit.to_image(state), {}),
     "blocks.0.attn.qkv.weight",
   ),
+  "ast": Family(
+    ast.is_ast,
+    ast.knows,
+    lambda state: (ast.to_image(state), {}),
+    "v.blocks.0.attn.qkv.weight",
+  ),
   "avmae": _scenic("avmae", "decoder_projection_rgb/kernel"),
   "mbt": _scenic("mbt", "ProjectionHeadAndClassifier_0/output_projection/bias"),
   "mbt_original": _scenic(
     "mbt_original", "Transformer/posembed_input/pos_embedding"
   ),
 }
-IMAGE_FAMILIES = ("mae", "vit")
+IMAGE_FAMILIES = ("mae", "vit", "ast")
 
 
 def load(path: formats.Path, family: str = "") -> Weights:

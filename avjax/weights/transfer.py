@@ -141,14 +141,25 @@ def time_axis(bands: int) -> Reshape:
 def picture(
   value: np.ndarray, shape: tuple[int, ...]
 ) -> tuple[np.ndarray, str] | None:
-  """For a table [side*side d] of a square picture: bilinear in both axes."""
-  (rows, d), (wanted, width) = value.shape, shape
-  old, new = math.isqrt(rows), math.isqrt(wanted)
-  if d != width or old * old != rows or new * new != wanted:
+  """For a table of a square picture: bilinear in both axes.
+
+  Args:
+    value: [side*side d], or a grid of any sides [row column d].
+    shape: (n, d) of the other square's.
+  """
+  n, d = shape
+  if value.ndim == 2:
+    side = math.isqrt(len(value))
+    if side * side != len(value):
+      return None
+    value = value.reshape(side, side, -1)
+  new, (rows, columns, width) = math.isqrt(n), value.shape
+  if d != width or new * new != n:
     return None
-  table = _linear(value.reshape(old, old, d), new, axis=0)
-  table = _linear(table, new, axis=1).reshape(wanted, d)
-  return table, f"{old} x {old} -> {new} x {new}, bilinear"
+  table = _linear(_linear(value, new, axis=0), new, axis=1).reshape(n, d)
+  same = (rows, columns) == (new, new)
+  words = f"{rows} x {columns} -> {new} x {new}, bilinear"
+  return table, "" if same else words
 
 
 def _linear(x: np.ndarray, n: int, axis: int) -> np.ndarray:

@@ -120,8 +120,8 @@ def tree_of(named: Mapping[str, np.ndarray]) -> dict[str, Any]:
   flat = {}
   for path, value in named.items():
     if path.endswith("positions"):
-      rows, cls = image.split_positions(value)
-      flat[path] = rows
+      grid, cls = image.split_positions(value)
+      flat[path] = grid
       if cls is not None and path == "positions":
         flat["cls_position"] = cls
     elif path in ("cls", "mask_token"):
