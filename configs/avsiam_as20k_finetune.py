@@ -14,8 +14,10 @@ mAP on the evaluation clips as published; all three of one model:
 | variant=large        |      |      | 44.1 | table 1              |
 | variant=huge         |      |      | 45.0 | table 1              |
 | pretrain=in21k       |      |      | 39.9 | table 8              |
+| (from AST)           | 37.5 | 9.6  | 38.1 | table 6              |
 
-Tables 4 and 6 are this config after other pre-training: --config.init_from=DIR.
+Tables 4 and 6 are this config after other pre-training: --config.init_from=DIR,
+for table 6 runs/avsiam_audioset-pretrain_ast. `pretrain=ast` is AST itself.
 
 All is as in configs/avsiam_vgg_finetune.py but for what follows.
 

@@ -190,6 +190,7 @@ def test_no_epochs_are_one_step_that_learns_nothing(arg):
       "runs/avsiam_audioset-variant_large-encoder_separate",
     ),
     ("pretrain=in21k", "ViT-B_16.npz"),
+    ("pretrain=ast", "audioset_10_10_0.4593.pth"),
     ("pretrain=scratch", ""),
   ],
 )
@@ -263,7 +264,13 @@ def test_classifiers_have_the_data_sets_classes(name):
   [
     ("avsiam_audioset", "variant=bas", "Did you mean 'base'"),
     ("avsiam_audioset", "encoder=both", "encoder"),
-    ("avsiam_audioset", "pretrain=audioset", "pretrain"),
+    ("avsiam_audioset", "pretrain=audioset", "Known: ast, in21k, scratch"),
+    ("avsiam_audioset", "variant=large,pretrain=ast", "Known: in21k, scratch"),
+    (
+      "avsiam_vgg_finetune",
+      "variant=huge,pretrain=ast",
+      "Known: audioset, in21k, s",
+    ),
     ("avsiam_vgg_finetune", "modality=va", "modality"),
     ("avsiam_as2m_finetune", "pretrain=in22k", "Did you mean 'in21k'"),
     ("avsiam_msrvtt_finetune", "modality=a", "modality"),

@@ -87,12 +87,12 @@ def test_positions_of_no_square_are_refused():
     vit.to_image({**state, "pos_embed": state["pos_embed"][:, :99]})
 
 
-def torch_vit(state, x, heads=2):
-  """The ViT itself, without CLS; tanh GELU and epsilon as in our AV-MAE."""
+def torch_vit(state, x, heads=2, extra=1, gelu="tanh"):
+  """The ViT itself, without the `extra` tokens; GELU as in our AV-MAE."""
   t = {name: torch.from_numpy(value.copy()) for name, value in state.items()}
   patch = (t["patch_embed.proj.weight"], t["patch_embed.proj.bias"])
   x = functional.conv2d(x, *patch, stride=16).flatten(2).transpose(1, 2)
-  x = x + t["pos_embed"][:, 1:]
+  x = x + t["pos_embed"][:, extra:]
 
   def norm(x, name):
     weights = (t[f"{name}.weight"], t[f"{name}.bias"])
@@ -109,7 +109,7 @@ def torch_vit(state, x, heads=2):
     y = functional.scaled_dot_product_attention(q, k, v)
     x = x + linear(y.transpose(1, 2).reshape(b, n, d), f"{p}attn.proj")
     y = linear(norm(x, f"{p}norm2"), f"{p}mlp.fc1")
-    y = functional.gelu(y, approximate="tanh")
+    y = functional.gelu(y, approximate=gelu)
     x = x + linear(y, f"{p}mlp.fc2")
   return norm(x, "norm").numpy()
 

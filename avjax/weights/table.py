@@ -2,8 +2,8 @@
 
 Licences are those that the projects state for code and weights alike; Scenic's
 READMEs name none for the weights alone. Scores are the ones the projects or
-papers print: CAV-MAE's README and training logs, AV-MAE's and MBT's READMEs,
-MAE's README (ImageNet-1K after fine-tuning), table 6 of AV-MAE for ViT.
+papers print: CAV-MAE's README and training logs, AV-MAE's, MBT's and AST's
+READMEs, MAE's (ImageNet-1K after fine-tuning), table 6 of AV-MAE for ViT.
 """
 
 import dataclasses
@@ -12,6 +12,7 @@ from typing import Any
 CAVMAE = "https://github.com/YuanGongND/cav-mae"
 MAE = "https://github.com/facebookresearch/mae"
 VIT = "https://github.com/google-research/vision_transformer"
+AST = "https://github.com/YuanGongND/ast"
 SCENIC = "https://github.com/google-research/scenic/tree/main/scenic/projects/"
 BSD, APACHE, NC = "BSD-2-Clause", "Apache-2.0", "CC-BY-NC 4.0"
 
@@ -182,6 +183,14 @@ CHECKPOINTS = (
     "61.4 top-1 VGGSound through MBT (AV-MAE, table 6)",
     f"starts {AVMAE_VGG_FT}",
     VIT,
+  ),
+  Checkpoint(
+    "audioset_10_10_0.4593.pth and AST's others, transformers' names too",
+    "ast",
+    "BSD-3-Clause",
+    "45.9 mAP AudioSet audio",
+    f"starts {AVSIAM_AS}:pretrain=ast",
+    AST,
   ),
   _avmae("as2m_selfsup_audiovisual", "", AVMAE_AS + ":variant=public"),
   _avmae("as2m_selfsup_audio", "", AVMAE_AS + ":variant=public,modality=a"),
