@@ -46,12 +46,13 @@ SYSTEMS = {
 BATCH_SIZE = 12  # AVSiam has six ratios
 REPEATS = {"cpu": 5}
 REPEATS_ELSEWHERE = 20
-# Rates depend on the number of steps; speed does not.
+# The learning rate depends on it, speed does not.
 STEPS_PER_EPOCH = 1_000
 
 COLUMNS = (
   "system", "frames, s of sound", "clips/s", "ratio", "GFLOP/clip", "GFLOP/s",
-  "share of peak", "trained", "memory (held + temporary)", "compiled in s",
+  "share of peak", "trained", "memory by the compiler (held + temporary)",
+  "compiled in s",
 )  # fmt: skip
 
 
@@ -99,10 +100,10 @@ def command(values: Any, names: Iterable[str]) -> tuple[str, str, list[Row]]:
     device = jax.default_backend()
     repeats = values.repeats or REPEATS.get(device, REPEATS_ELSEWHERE)
     rows, peak = compare(configs, batch_size, repeats)
-  size = "of demo size" if values.demo else "of paper size"
+  size = "demo" if values.demo else "Base"
   best = "least" if device == "cpu" else "median"
   title = (
-    f"Pre-training steps {size} on {benchmark.place(values.pin)}, "
+    f"Pre-training steps of {size} models on {benchmark.place(values.pin)}, "
     f"{values.dtype}, batch {batch_size}, {best} of {repeats}; peak "
     f"{peak / 1e9:.1f} GFLOP/s"
   )

@@ -123,7 +123,7 @@ def test_systems_side_by_side(tmp_path, monkeypatch, capsys):
   record = json.loads((tmp_path / "rows.json").read_text())
   title, _, head, _, *lines = capsys.readouterr().out.splitlines()
   assert title == record["title"]
-  for words in ("float32", "batch 8", "least of 1", "demo size"):
+  for words in ("float32", "batch 8", "least of 1", "demo models"):
     assert words in title
   first, second = record["rows"]
   assert [r["system"] for r in record["rows"]] == ["cavmae", "avsiam"]
