@@ -13,9 +13,10 @@ that begin with `aside/`).
 
 `--config` says which model it becomes, where that is not the one the file is
 of: an image model (MAE, ViT, AST) always needs it. Without it the published
-config of that checkpoint is taken. A position table of another clip length or picture
-size is resized: CAV-MAE's audio grid is frequency-major, so its time axis is
-cut or interpolated, never its rows (`avjax.weights.transfer.time_axis`).
+config of that checkpoint is taken. A position table of another clip length or
+picture size is resized: CAV-MAE's audio grid is frequency-major, so its time
+axis is cut or interpolated, never its rows
+(`avjax.weights.transfer.time_axis`).
 """
 
 import dataclasses
