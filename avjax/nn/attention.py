@@ -63,7 +63,9 @@ def choose(backend: str, tokens: int, q: Float[Array, "b n h d"]) -> str:
 def _plain(q, k, v):
   """Einsum and autodiff: XLA fuses the rest."""
   scores = jnp.einsum("bnhd,bmhd->bhnm", q * q.shape[-1] ** -0.5, k)
-  probabilities = jax.nn.softmax(scores.astype(jnp.float32)).astype(v.dtype)
+  # float64 stays: tests at that precision go this way.
+  dtype = jnp.promote_types(scores.dtype, jnp.float32)
+  probabilities = jax.nn.softmax(scores.astype(dtype)).astype(v.dtype)
   return jnp.einsum("bhnm,bmhd->bnhd", probabilities, v)
 
 
