@@ -49,6 +49,7 @@ from avjax.weights import (
   image,
   scenic,
   table,
+  uavm,
 )
 from avjax.workdir import Workdir, workdir
 
@@ -352,6 +353,9 @@ def public_arrays(
     return cavmae.to_reference(params, source.aside)
   if source.method in ("avsiam", "avsiam_finetune"):
     return avsiam.to_reference(source.params, source.aside)
+  if source.method == "uavm":
+    params = families.class_order(source.params, to_house=False)
+    return uavm.to_reference(params, source.aside)
   if source.method not in ("avmae", "mbt"):
     raise InputError(
       f"--layout=public has no names for weights of method {source.method!r}"

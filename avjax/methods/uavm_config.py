@@ -57,8 +57,8 @@ def check(model: Any) -> Any:
   n, shared = model.specific_layers, model.shared_layers
   if min(n, shared) < 0 or n + shared == 0:
     raise InputError(
-      f"model.specific_layers={n} and model.shared_layers={shared}: none may be "
-      "below 0, nor both 0"
+      f"model.specific_layers={n} and model.shared_layers={shared}: none may "
+      "be below 0, nor both 0"
     )
   if model.variant == "cross_modal" and not shared:
     raise InputError(

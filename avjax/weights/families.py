@@ -31,6 +31,7 @@ from avjax.weights import (
   image,
   mae,
   scenic,
+  uavm,
   vit,
 )
 
@@ -97,6 +98,11 @@ def _cavmae_to_house(state: State) -> tuple[Any, Mapping[str, np.ndarray]]:
   return class_order(params, to_house=True), aside
 
 
+def _uavm_to_house(state: State) -> tuple[Any, Mapping[str, np.ndarray]]:
+  params, aside = uavm.to_house(state)
+  return class_order(params, to_house=True), aside
+
+
 def _is_scenic(layout: str, state: State) -> bool:
   inner = "MultiHeadDotProductAttention_0/"
   blocks = any("encoderblock_" in name and inner in name for name in state)
@@ -131,6 +137,12 @@ FAMILIES = {
     avsiam.knows,
     avsiam.to_house,
     "vit_base.blocks.0.attn.qkv.weight",
+  ),
+  "uavm": Family(
+    uavm.is_uavm,
+    uavm.knows,
+    _uavm_to_house,
+    "a_trans.blocks.0.attn.qkv.weight",
   ),
   "mae": Family(
     lambda state: "blocks.0.attn.qkv.weight" in state and mae.is_mae(state),
@@ -226,23 +238,25 @@ def method_of(family: str, params: Any) -> str:
     return "cavmae_finetune" if "classifier" in params else "cavmae"
   if family == "avsiam":
     return "avsiam_finetune" if "classifier_av" in params else "avsiam"
-  return "avmae" if family == "avmae" else "mbt"
+  return family if family in ("avmae", "uavm") else "mbt"
 
 
 def class_order(params: Any, *, to_house: bool) -> Any:
-  """A CAV-MAE classifier of VGGSound in our order of classes, or back.
+  """VGGSound's classifiers of CAV-MAE or UAVM in our order of classes, or back.
 
-  CAV-MAE numbers the 309 classes as its own list does, we as the authors of
-  the data set do. Other numbers of classes stay as they are: AudioSet's order
-  is one and the same.
+  Their authors number the 309 classes as a list of their own does, we as the
+  authors of the data set do. Other numbers of classes stay as they are:
+  AudioSet's order is one and the same.
   """
-  out = params.get("classifier", {}).get("out")
   order = np.asarray(_class_list("vggsound")["cavmae"])
-  if out is None or out["bias"].shape != order.shape:
-    return params
   index = np.argsort(order) if to_house else order
-  out = {name: np.asarray(x)[..., index] for name, x in out.items()}
-  return {**params, "classifier": {**params["classifier"], "out": out}}
+  changed = {}
+  for name, tree in params.items():
+    out = tree.get("out") if name.startswith("classifier") else None
+    if out is not None and out["bias"].shape == order.shape:
+      out = {leaf: np.asarray(x)[..., index] for leaf, x in out.items()}
+      changed[name] = {**tree, "out": out}
+  return {**params, **changed}
 
 
 def class_names(family: str, config: Any) -> dict[str, list[str]]:
@@ -329,7 +343,11 @@ def config_of(weights: Weights) -> dict[str, Any]:
       "run from the checkout, or give --config"
     ) from error
   config = stage(module.get_config(argument), weights.method)
-  _resize(config.model, weights)
+  if weights.family == "uavm":
+    config.model.update(uavm.public_model(weights.params))
+    config.model.classes = {"label": _classes(weights.params)}
+  else:
+    _resize(config.model, weights)
   _say_assumed(name, config)
   if "modality" in config.model:
     config.data.modality = config.model.modality
@@ -393,6 +411,8 @@ def _published(weights: Weights) -> tuple[str, str]:
     ("cavmae_finetune", 527): "cavmae_as2m_finetune",
     ("avsiam_finetune", 309): "avsiam_vgg_finetune",
     ("avsiam_finetune", 527): "avsiam_as2m_finetune",
+    ("uavm", 309): "uavm_vgg",
+    ("uavm", 527): "uavm_audioset",
     ("mbt", 309): "avmae_vgg_finetune",
     ("mbt", 527): "avmae_audioset_finetune",
   }
@@ -405,10 +425,8 @@ def _published(weights: Weights) -> tuple[str, str]:
         f"the weights have {classes} classes; configs are known for "
         f"{' and '.join(map(str, known))}: give --config"
       )
-    argument = (
-      "" if weights.family in ("cavmae", "avsiam") else "variant=public"
-    )
-    return known[classes], argument
+    scenic_family = weights.family not in ("cavmae", "avsiam", "uavm")
+    return known[classes], "variant=public" if scenic_family else ""
   both = {"embed_audio", "embed_video"} <= set(params)
   if "encoder_joint" in params or not both:
     return "avmae_audioset", "variant=public"
@@ -420,7 +438,7 @@ def _published(weights: Weights) -> tuple[str, str]:
 
 
 def _classes(params: Any) -> int:
-  names = ("classifier", "classifier_av")
+  names = ("classifier", "classifier_av", "classifier_audio")
   heads = [params[name].get("out") for name in names if name in params]
   head = (heads or [None])[0] or params.get("head") or {}
   return len(head["bias"]) if "bias" in head else 0
