@@ -44,6 +44,7 @@ from avjax.nn import sizes
 from avjax.weights import (
   avsiam,
   cavmae,
+  convnext,
   families,
   formats,
   image,
@@ -353,9 +354,10 @@ def public_arrays(
     return cavmae.to_reference(params, source.aside)
   if source.method in ("avsiam", "avsiam_finetune"):
     return avsiam.to_reference(source.params, source.aside)
-  if source.method == "uavm":
+  if source.method in ("uavm", "convnext"):
     params = families.class_order(source.params, to_house=False)
-    return uavm.to_reference(params, source.aside)
+    module = {"uavm": uavm, "convnext": convnext}[source.method]
+    return module.to_reference(params, source.aside)
   if source.method not in ("avmae", "mbt"):
     raise InputError(
       f"--layout=public has no names for weights of method {source.method!r}"

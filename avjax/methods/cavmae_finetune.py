@@ -170,13 +170,13 @@ def chosen(inputs: Inputs, names: tuple[str, ...]) -> Inputs:
 
 
 def classify(
-  classifier: Params, pooled: Float[Array, "b d"]
+  classifier: Params, pooled: Float[Array, "b d"], eps: float = cav_encoder.EPS
 ) -> Float[Array, "b k"]:
   """Logits of all heads, in float32: LayerNorm, then a linear layer."""
   norm = classifier["norm"]
   scale, bias = (jnp.float32(norm[name]) for name in ("scale", "bias"))
   x = pooled - pooled.mean(-1, keepdims=True)
-  x = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + cav_encoder.EPS)
+  x = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + eps)
   return heads.project(classifier["out"], x * scale + bias)
 
 

@@ -27,6 +27,7 @@ from avjax.weights import (
   ast,
   avsiam,
   cavmae,
+  convnext,
   formats,
   image,
   mae,
@@ -93,13 +94,13 @@ class Family:
   example: str
 
 
-def _cavmae_to_house(state: State) -> tuple[Any, Mapping[str, np.ndarray]]:
-  params, aside = cavmae.to_house(state)
+def _ordered(module: Any, state: State) -> tuple[Any, dict[str, np.ndarray]]:
+  params, aside = module.to_house(state)
   return class_order(params, to_house=True), aside
 
 
-def _uavm_to_house(state: State) -> tuple[Any, Mapping[str, np.ndarray]]:
-  params, aside = uavm.to_house(state)
+def _convnext_to_house(state: State) -> tuple[Any, Mapping[str, np.ndarray]]:
+  params, aside = convnext.to_house(state)
   return class_order(params, to_house=True), aside
 
 
@@ -127,7 +128,7 @@ FAMILIES = {
   "cavmae": Family(
     lambda state: any(re.match(r"(module\.)?blocks_[avu]\.", n) for n in state),
     lambda name: bool(re.fullmatch(_CAVMAE, name)),
-    _cavmae_to_house,
+    functools.partial(_ordered, cavmae),
     "blocks_a.0.attn.qkv.weight",
   ),
   "avsiam": Family(
@@ -141,8 +142,14 @@ FAMILIES = {
   "uavm": Family(
     uavm.is_uavm,
     uavm.knows,
-    _uavm_to_house,
+    functools.partial(_ordered, uavm),
     "a_trans.blocks.0.attn.qkv.weight",
+  ),
+  "convnext": Family(
+    convnext.is_convnext,
+    convnext.knows,
+    _convnext_to_house,
+    "features.1.0.layer_scale",
   ),
   "mae": Family(
     lambda state: "blocks.0.attn.qkv.weight" in state and mae.is_mae(state),
@@ -238,7 +245,7 @@ def method_of(family: str, params: Any) -> str:
     return "cavmae_finetune" if "classifier" in params else "cavmae"
   if family == "avsiam":
     return "avsiam_finetune" if "classifier_av" in params else "avsiam"
-  return family if family in ("avmae", "uavm") else "mbt"
+  return family if family in ("avmae", "uavm", "convnext") else "mbt"
 
 
 def class_order(params: Any, *, to_house: bool) -> Any:
@@ -346,6 +353,8 @@ def config_of(weights: Weights) -> dict[str, Any]:
   if weights.family == "uavm":
     config.model.update(uavm.public_model(weights.params))
     config.model.classes = {"label": _classes(weights.params)}
+  elif weights.family == "convnext":
+    config.model.update(convnext.public_model(weights.params))
   else:
     _resize(config.model, weights)
   _say_assumed(name, config)
@@ -411,6 +420,8 @@ def _published(weights: Weights) -> tuple[str, str]:
     ("cavmae_finetune", 527): "cavmae_as2m_finetune",
     ("avsiam_finetune", 309): "avsiam_vgg_finetune",
     ("avsiam_finetune", 527): "avsiam_as2m_finetune",
+    ("convnext", 309): "uavm_extractor_vgg",
+    ("convnext", 527): "uavm_extractor_audioset",
     ("uavm", 309): "uavm_vgg",
     ("uavm", 527): "uavm_audioset",
     ("mbt", 309): "avmae_vgg_finetune",
@@ -425,7 +436,8 @@ def _published(weights: Weights) -> tuple[str, str]:
         f"the weights have {classes} classes; configs are known for "
         f"{' and '.join(map(str, known))}: give --config"
       )
-    scenic_family = weights.family not in ("cavmae", "avsiam", "uavm")
+    torch = ("cavmae", "avsiam", "uavm", "convnext")
+    scenic_family = weights.family not in torch
     return known[classes], "variant=public" if scenic_family else ""
   both = {"embed_audio", "embed_video"} <= set(params)
   if "encoder_joint" in params or not both:
