@@ -70,12 +70,13 @@ PER_METHOD["avsiam"] = {
   **PER_METHOD["cavmae"], "ratios": (0.0, 0.5), "depth": 1,
   "multimodal_depth": 1,
 }  # fmt: skip
+PER_METHOD["convnext"] = {"width": 4, "depths": (1, 1, 1, 1)}
 PER_METHOD["avsiam_finetune"] = {"depth": 1, "multimodal_depth": 1}
 
 
 def shrink(config, **overrides):
   """Two steps on eight clips, a tiny model, evaluations on eight clips."""
-  config.model.update(MODEL)
+  config.model.update({k: v for k, v in MODEL.items() if k in config.model})
   config.model.update(PER_METHOD[config.method])
   config.total_steps, config.total_epochs = 2, 0.0
   if config.method in ("cavmae", "deteclap", "avsiam", "avsiam_finetune"):

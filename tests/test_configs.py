@@ -191,7 +191,7 @@ def test_demo_changes_only_what_it_says(name):
     r"checkpoint\.every_epochs",
     r"evals\.\w+\.(every_epochs|split)",
   )
-  if name.startswith(("cavmae", "deteclap", "avsiam")):
+  if name.startswith(("cavmae", "deteclap", "avsiam", "uavm")):
     # Its sizes of masks and turns are in frames; its rate falls by epochs.
     allowed += (
       r"data\.fbank\.frames",

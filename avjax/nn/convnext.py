@@ -257,6 +257,11 @@ def convolved(x: Map, kernel: Kernel) -> Map:
 @jax.custom_vjp
 def shifted(x: Map, kernel: Kernel) -> Map:
   """As 49 shifted maps in one loop: for CPUs."""
+  return _sum_of_shifted(x, kernel)
+
+
+@jax.jit  # so that blocks of a stage are traced once
+def _sum_of_shifted(x, kernel):
   (h, w), padded = x.shape[1:3], _around(x)
   side = range(2 * REACH + 1)
   return sum(
@@ -272,7 +277,7 @@ def _around(x):
 
 
 def _forward(x, kernel):
-  return shifted(x, kernel), (x, kernel)
+  return _sum_of_shifted(x, kernel), (x, kernel)
 
 
 def _backward(saved, gradient):
@@ -289,7 +294,7 @@ def _backward(saved, gradient):
   # Examples stay apart within the loop: they may lie on several devices.
   total = jnp.zeros((b, side, side, c), x.dtype)
   total, _ = jax.lax.scan(row, total, jnp.arange(h))
-  return shifted(gradient, kernel[::-1, ::-1]), total.sum(0)[:, :, None]
+  return _sum_of_shifted(gradient, kernel[::-1, ::-1]), total.sum(0)[:, :, None]
 
 
 shifted.defvjp(_forward, _backward)
