@@ -127,9 +127,28 @@ def to_reference(
     table = key.endswith("pos_embed")
     state[key] = value[None] if table else _turned(value)
   dead = {key: np.asarray(value) for key, value in (aside or {}).items()}
-  for key, shape in _dead_shapes(params, state).items():
+  for key, shape in dead_shapes(params).items():
     dead.setdefault(key, np.zeros(shape, np.float32))
   return {prefix + key: value for key, value in {**state, **dead}.items()}
+
+
+def dead_shapes(params: Any) -> dict[str, tuple[int, ...]]:
+  """What the public classes have beside these parameters, by public key."""
+  found: dict[str, tuple[int, ...]] = {}
+  ends = [params[name] for name in params if name.startswith("classifier")]
+  for stack, house in _STACKS.items():
+    if house not in params or "positions" not in params[house]:
+      continue
+    d = params[house]["positions"].shape[-1]
+    if "project" not in params[house]:
+      shapes = {"weight": (d, d), "bias": (d,)}
+      found |= {f"{stack}.in_proj.{name}": x for name, x in shapes.items()}
+    if stack in ("a_trans", "v_trans") and ends:
+      (k,) = ends[0]["out"]["bias"].shape
+      shapes = {"0.weight": (d,), "0.bias": (d,), "1.weight": (k, d)}
+      shapes["1.bias"] = (k,)
+      found |= {f"{stack}.mlp_head.{name}": x for name, x in shapes.items()}
+  return found
 
 
 def public_model(params: Any) -> dict[str, Any]:
@@ -222,31 +241,6 @@ def _is_dead_projection(key: str, state: Mapping[str, np.ndarray]) -> bool:
   if not rest.startswith("in_proj.") or weight is None:
     return False
   return weight.shape[0] == weight.shape[-1]
-
-
-def _dead_shapes(
-  params: Any, state: Mapping[str, np.ndarray]
-) -> dict[str, tuple[int, ...]]:
-  """What the public classes have beside the parameters."""
-  found = {}
-  ends = [
-    tree for name, tree in params.items() if name.startswith("classifier")
-  ]
-  for stack, house in _STACKS.items():
-    if house not in params or "positions" not in params[house]:
-      continue
-    d = params[house]["positions"].shape[-1]
-    if f"{stack}.in_proj.weight" not in state:
-      found |= {
-        f"{stack}.in_proj.weight": (d, d),
-        f"{stack}.in_proj.bias": (d,),
-      }
-    if stack in ("a_trans", "v_trans") and ends:
-      k = len(ends[0]["out"]["bias"])
-      shapes = {"0.weight": (d,), "0.bias": (d,), "1.weight": (k, d)}
-      shapes["1.bias"] = (k,)
-      found |= {f"{stack}.mlp_head.{name}": x for name, x in shapes.items()}
-  return found
 
 
 # --- Arrays ------------------------------------------------------------------
