@@ -1,8 +1,7 @@
 """UAVM's audio feature extractor: ConvNeXt-Base trained on AudioSet's sounds.
 
-https://arxiv.org/abs/2208.00061, §2.1; before configs/uavm_audioset.py. From
-`convnext_base-6075fbad.pth` of torchvision (ImageNet) where the program runs;
-`pretrain=scratch` is ours:
+https://arxiv.org/abs/2208.00061, §2.1. From `convnext_base-6075fbad.pth` of
+torchvision (ImageNet) where the program runs; `pretrain=scratch` is ours:
 
   python -m avjax.main --config=configs/uavm_extractor_audioset.py
 

@@ -1,7 +1,7 @@
 """UAVM's audio feature extractor: ConvNeXt-Base trained on VGGSound's sounds.
 
-https://arxiv.org/abs/2208.00061, §2.1; before configs/uavm_vgg.py, whose sounds
-are this model's last map. From `convnext_base-6075fbad.pth` of torchvision
+https://arxiv.org/abs/2208.00061, §2.1. UAVM is trained on features whose sounds
+are the last map of this model. From `convnext_base-6075fbad.pth` of torchvision
 (ImageNet) where the program runs; `pretrain=scratch` is ours:
 
   python -m avjax.main --config=configs/uavm_extractor_vgg.py
