@@ -347,6 +347,8 @@ def test_features_and_half_precision():
   features = jax.eval_shape(method.embed, small_params(), inputs)
   shapes = {m: (x.shape, str(x.dtype)) for m, x in features.items()}
   assert shapes == dict.fromkeys(("audio", "video"), ((8, 8), "float32"))
+  audio = {"features/audio": inputs["features/audio"]}
+  assert [*jax.eval_shape(method.embed, small_params(), audio)] == ["audio"]
 
 
 def test_first_values_are_those_of_pytorch():

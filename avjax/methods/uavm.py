@@ -102,6 +102,11 @@ class UAVM(Method):
       found[m] = inputs[key].astype(self.config.dtype)
     return found
 
+  def there(self, inputs: Inputs) -> tuple[str, ...]:
+    """Modalities whose features are there; those that the model needs."""
+    found = tuple(m for m in MODALITIES if f"features/{m}" in inputs)
+    return MODALITIES if self.together or not found else found
+
   def run(
     self, params: Params, inputs: Inputs, names: tuple[str, ...]
   ) -> tuple[dict[str, Float[Array, "b k"]], Traces]:
@@ -169,10 +174,7 @@ class UAVM(Method):
     both: what is missing it sees as the zeros that stand for it.
     """
     lookup(dict.fromkeys(self.modes), mode, "mode of predict")
-    names = MODES[mode]
-    if mode == "av" and not self.together:
-      there = tuple(m for m in names if f"features/{m}" in inputs)
-      names = there or names
+    names = self.there(inputs) if mode == "av" else MODES[mode]
     logits = self.run(params, inputs, names)[0]
     mean = sum(logits.values()) / len(logits)
     if len(logits) == 2:
@@ -191,12 +193,14 @@ class UAVM(Method):
 
     Index 0 is what enters the first block ("projected input"), index i what
     block i gives, of N + N_s; then come the logits. Of the cross-modal model,
-    a shared block gives each modality the mean over its own tokens, and there
-    are no logits of one modality.
+    which needs both modalities, a shared block gives each the mean over its
+    own tokens, and there are no logits of one. Another model has a list for
+    each modality in the inputs.
     """
-    logits, traces = self.run(params, inputs, MODALITIES)
+    names = self.there(inputs)
+    logits, traces = self.run(params, inputs, names)
     n, found = self.model.tokens, {}
-    for i, m in enumerate(MODALITIES):
+    for i, m in enumerate(names):
       stacks = list(traces[m].values())
       if self.together:
         part = slice(i * n, (i + 1) * n)
@@ -216,12 +220,13 @@ class UAVM(Method):
 
     Args:
       params: the parameters.
-      inputs: features of both modalities.
+      inputs: features; the cross-modal model needs those of both.
       published: of the blocks' inputs without their first LayerNorm, as the
         figures of the paper have it. False: the maps that the model uses.
     """
     found = {}
-    for m, stacks in self.run(params, inputs, MODALITIES)[1].items():
+    traces = self.run(params, inputs, self.there(inputs))[1]
+    for m, stacks in traces.items():
       found[m] = [
         attention_map(
           params[stack][f"block_{i:02d}"],

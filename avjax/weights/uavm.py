@@ -17,6 +17,9 @@ classifier, used only in the last stack. What is not used is no parameter here:
 `to_house` hands it out as `aside`, `to_reference` puts it back, or zeros in its
 place, so that the public classes load the file strictly. No result depends on
 it, and the published training drives it to zero (weight decay, no gradient).
+
+VGGSound's classes are taken to be in the order of CAV-MAE's list, by the same
+authors; see `families.class_order`.
 """
 
 import difflib
