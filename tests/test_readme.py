@@ -46,6 +46,10 @@ EXPECTED = {
   "python -m avjax.sweep": Expected(
     ("--smoke", "--seeds=0"), words=("| pretrained_audiovisual |",)
   ),
+  "python -m avjax.benchmark --compare": Expected(
+    ("--demo", "--repeats=1", "--batch_size=6"),
+    words=("| avsiam |", "| avmae |"),
+  ),
   "python -m avjax.benchmark": Expected(
     ("--repeats=1", *SMALL), words=("| step, synthetic batch |",)
   ),
