@@ -288,6 +288,9 @@ def with_data(config: Any, batch_size: int, stack: contextlib.ExitStack) -> Any:
     config.data.dir = str(built)
     if config.data.object_scores:
       config.data.object_scores = str(synthetic.scores(built, clips))
+    if config.data.features:
+      made = synthetic.features(built, config.data, clips)
+      config.data.features = str(made)
   return config
 
 

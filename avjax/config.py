@@ -272,6 +272,11 @@ def data_section() -> ConfigDict:
       # Folder of object scores to train on, see avjax.data.object_scores;
       # `truth` stands for av_demo's own objects.
       "object_scores": "",
+      # Folder of stored features, see avjax.data.features; '' = none. With it a
+      # batch has neither frames nor sound.
+      "features": "",
+      "feature_frames": 30,  # tokens of a clip, with zeros if it has fewer
+      "feature_width": 1024,
       # One's own media files (avjax.load, avjax.embed): what one may make the
       # decoder do (avjax.data.media.Limits), and what becomes of its channels.
       "files": {

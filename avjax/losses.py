@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Num, Shaped
 
-from avjax.data.augment import mixup
+from avjax.data.mixing import mixup
 from avjax.errors import InputError
 
 

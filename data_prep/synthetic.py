@@ -20,6 +20,7 @@ from avjax.data import (
   demo_sound,
   object_scores,
 )
+from avjax.data import features as stored_features
 from avjax.errors import lookup
 from data_prep import builder
 
@@ -124,6 +125,32 @@ def scores(folder: pathlib.Path, clips: int = 64) -> pathlib.Path:
     ) as writer:
       writer.write(ids, rng.random((clips, OBJECTS), np.float32))
       writer.save()
+  return out
+
+
+def features(
+  folder: pathlib.Path, section: Any, clips: int = 64
+) -> pathlib.Path:
+  """Stored features of these clips, of the size that a config asks for.
+
+  Args:
+    folder: that `build` was given.
+    section: `config.data`; modality, feature_frames and feature_width are used.
+    clips: in the split.
+
+  Returns:
+    The folder to read as `config.data.features`.
+  """
+  rng, out = np.random.default_rng(0), folder / "features"
+  ids = [clip_id(number) for number in range(clips)]
+  shape = (section["feature_frames"], section["feature_width"])
+  for modality in stored_features.MODALITIES:
+    if modality[0] in section["modality"]:
+      with stored_features.Writer(
+        out, modality, tokens=shape[0], width=shape[1],
+        source={"model": "noise"}, clips=ids,
+      ) as writer:  # fmt: skip
+        writer.write(ids, rng.standard_normal((clips, *shape), np.float32))
   return out
 
 

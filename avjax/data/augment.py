@@ -8,6 +8,7 @@ weight per step, or one per example.
 Order in training: flip, colour, grey (on values 0..1), normalise; log-mel,
 normalise, circular time shift, SpecAugment, noise, roll; then mixup of both.
 With `mixup_waveform` (CAV-MAE) the sound is mixed before the log-mel instead.
+Stored features (UAVM): length 1 per token, mixup, roll of both modalities.
 
 Each augmentation is a pure function of its own draws, one per example.
 """
@@ -20,8 +21,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, UInt8
 
-from avjax.batch import arrays
+from avjax import losses
+from avjax.batch import MODALITIES, arrays
 from avjax.data import audio
+from avjax.data.mixing import mixup, partner
 from avjax.errors import InputError, lookup
 
 # Ranges of AV-MAE's and MBT's colour jitter.
@@ -39,6 +42,10 @@ MIXED = {
 }
 
 MASK_VALUES = ("normalised", "raw")
+
+# Augmentations of frames and sound, which stored features have not.
+OF_MEDIA = ("flip", "colour", "grey", "freq_masks", "time_masks", "time_shift",
+            "noise", "mixup_waveform")  # fmt: skip
 
 Flag = Bool[Array, "b"]
 PerExample = Float[Array, "b"]
@@ -61,10 +68,11 @@ def prepare(
 
   Returns:
     The batch without `waveform` and `samples` (without which a waveform counts
-    as whole); `frames` float32 normalised, `fbank` float32 normalised; with
-    mixup `mix/audio` and `mix/video` [b]. Labels are not
-    mixed: see `avjax.losses.mix_labels`. `has_audio`, `has_video` and all else
-    pass through.
+    as whole); `frames` float32 normalised, `fbank` float32 normalised,
+    `features/*` of length 1 per token, where zero tokens stay zero; with mixup
+    `mix/audio` and `mix/video` [b]. Labels are not mixed: see
+    `avjax.losses.mix_labels`. `has_audio`, `has_video` and all else pass
+    through.
 
   Raises:
     InputError: a wrong rank or dtype, training without `index`, mixup of an
@@ -91,7 +99,15 @@ def prepare(
     inputs["fbank"] = _log_mel(batch, data, weights.get("audio"))
   if train and "fbank" in inputs:
     inputs["fbank"] = _augment_fbank(inputs["fbank"], data, keys)
-  return _mixup(inputs, data.augment, weights)
+  features = [f"features/{m}" for m in MODALITIES if f"features/{m}" in batch]
+  for key in features:
+    _check(batch, key, 3, np.float32)
+    inputs[key] = losses.unit(batch[key])
+  inputs = _mixup(inputs, data.augment, weights)
+  if train and features and data.augment.roll:
+    shift = _roll(keys, data.augment.roll)
+    inputs |= {key: time_shift(inputs[key], shift) for key in features}
+  return inputs
 
 
 def check_options(data: Any) -> None:
@@ -104,6 +120,7 @@ def check_options(data: Any) -> None:
   lookup(dict.fromkeys(MASK_VALUES), options.mask_value, "augment.mask_value")
   probability = options.mixup_probability
   apart = "with data.augment.mixup_per_modality: CAV-MAE has one weight for all"
+  of_media = [k for k in OF_MEDIA if data.features and options[k]][:1]
   for wrong, words in (
     (
       fbank.frames and fbank.edges != "snip",
@@ -130,6 +147,11 @@ def check_options(data: Any) -> None:
       _per_example(options) and options.mixup_per_modality,
       f"data.augment.mixup_probability={probability}, mixup_waveform="
       f"{options.mixup_waveform} {apart}",
+    ),
+    (
+      of_media,
+      f"data.augment.{''.join(of_media)} acts on frames or sound; stored "
+      f"features (data.features={data.features!r}) have mixup and roll",
     ),
     (
       options.mixup_waveform and not fbank.remove_mean,
@@ -339,14 +361,18 @@ def _augment_fbank(fbank: jax.Array, data: Any, keys: jax.Array) -> jax.Array:
     noise = _uniform(keys, "noise", 0.0, 1.0, (frames, bins))
     fbank = fbank + size[:, None, None] * noise
   if options.roll:
-    draw = _uniform(keys, "roll", 0.0, 1.0)
-    shift = jnp.floor(draw * 2 * options.roll).astype(jnp.int32) - options.roll
-    fbank = time_shift(fbank, shift)
+    fbank = time_shift(fbank, _roll(keys, options.roll))
   return fbank
 
 
+def _roll(keys: jax.Array, size: int) -> jax.Array:
+  """One shift in -size .. size - 1 per example."""
+  draw = _uniform(keys, "roll", 0.0, 1.0)
+  return jnp.floor(draw * 2 * size).astype(jnp.int32) - size
+
+
 def time_shift(fbank: Fbank, shift: Int[Array, "b"]) -> Fbank:
-  """Rolls each spectrogram by `shift` frames towards later times."""
+  """Rolls each spectrogram, or tokens, by `shift` towards later times."""
   frames = fbank.shape[1]
   source = (jnp.arange(frames) - shift[:, None]) % frames
   return jnp.take_along_axis(fbank, source[..., None], axis=1)
@@ -383,29 +409,6 @@ def spans(
 
 
 # ---------------------------------------------------------------- mixup
-
-
-def partner(values: Array) -> Array:
-  """Row i^1 for row i: neighbours change places.
-
-  Local to a device as long as a device holds an even number of examples.
-
-  Raises:
-    InputError: an odd number of rows.
-  """
-  if values.shape[0] % 2:
-    raise InputError(
-      f"mixup pairs neighbours, so a batch of {values.shape[0]} is refused; "
-      "use an even batch_size"
-    )
-  pairs = values.reshape(-1, 2, *values.shape[1:])
-  return pairs[:, ::-1].reshape(values.shape)
-
-
-def mixup(values: Float[Array, "b ..."], weight: PerExample) -> Array:
-  """weight * x + (1 - weight) * x of the partner."""
-  own = weight.reshape(-1, *[1] * (values.ndim - 1)).astype(values.dtype)
-  return own * values + (1 - own) * partner(values)
 
 
 def _per_example(options: Any) -> bool:

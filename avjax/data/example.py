@@ -11,9 +11,10 @@ import numpy as np
 import simplejpeg
 from jaxtyping import UInt8
 
+from avjax.batch import MODALITIES
 from avjax.data import media, object_scores, records, sampling
 from avjax.data.datasets import DATASETS
-from avjax.errors import lookup
+from avjax.errors import InputError, lookup
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,19 +106,14 @@ def shapes(
     batch_size: b.
     views: windows of a clip.
     train: with what only a training batch holds: object scores.
+
+  Raises:
+    InputError: several views of stored features.
   """
-  b, v = (batch_size,), (views,) if views > 1 else ()
-  found: dict[str, tuple[tuple[int, ...], Any]] = {}
-  if "v" in data["modality"]:
-    video = data["video"]
-    picture = (video["num_frames"], video["size"], video["size"], 3)
-    found["frames"] = (b + v + picture, np.uint8)
-  if "a" in data["modality"]:
-    samples = round(data["audio"]["seconds"] * data["audio"]["rate"])
-    # Frames spread over a clip are views of the picture: one sound for all.
-    sound = () if data["variant"] == "frames10" else v
-    found["waveform"] = ((*b, *sound, samples), np.int16)
-    found["samples"] = (b, np.int32)
+  b = (batch_size,)
+  found = (_feature_shapes if data["features"] else _media_shapes)(
+    data, batch_size, views
+  )
   for head in data["heads"]:
     time = (num_segments(data),) if head == "segment" else ()
     size = (*b, *time, num_classes(data, head))
@@ -130,6 +126,33 @@ def shapes(
     found[key] = (b, np.bool_)
   found["index"] = (b, np.uint32)
   return found
+
+
+def _media_shapes(data: Any, batch_size: int, views: int) -> dict[str, Any]:
+  b, v = (batch_size,), (views,) if views > 1 else ()
+  found: dict[str, Any] = {}
+  if "v" in data["modality"]:
+    video = data["video"]
+    picture = (video["num_frames"], video["size"], video["size"], 3)
+    found["frames"] = (b + v + picture, np.uint8)
+  if "a" in data["modality"]:
+    samples = round(data["audio"]["seconds"] * data["audio"]["rate"])
+    # Frames spread over a clip are views of the picture: one sound for all.
+    sound = () if data["variant"] == "frames10" else v
+    found["waveform"] = ((*b, *sound, samples), np.int16)
+    found["samples"] = (b, np.int32)
+  return found
+
+
+def _feature_shapes(data: Any, batch_size: int, views: int) -> dict[str, Any]:
+  if views > 1:
+    raise InputError(
+      f"views={views}: stored features of a clip have one view (data.features="
+      f"{data['features']!r})"
+    )
+  size = (batch_size, data["feature_frames"], data["feature_width"])
+  read = [m for m in MODALITIES if m[0] in data["modality"]]
+  return {f"features/{m}": (size, np.float32) for m in read}
 
 
 class Cutter:

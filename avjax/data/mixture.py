@@ -100,6 +100,11 @@ class Mixture:
     split, inner = self._place(number)
     return split[inner]
 
+  def labels_of(self, number: int) -> np.ndarray:
+    """The class numbers of one clip; see `records.Split.labels_of`."""
+    split, inner = self._place(number)
+    return split.labels_of(inner)
+
   def column(self, name: str) -> np.ndarray:
     """One value of every clip; see `records.Split.column`."""
     return np.concatenate([split.column(name) for split in self.splits])

@@ -22,7 +22,13 @@ import grain
 import numpy as np
 from absl import flags, logging
 
-from avjax.data import example, mixture, object_scores, records
+from avjax.data import (
+  example,
+  features,
+  mixture,
+  object_scores,
+  records,
+)
 from avjax.data.datasets import built_dir
 from avjax.data.transfer import device_batches
 from avjax.errors import InputError
@@ -173,6 +179,9 @@ class _Batches:
     if training and data["object_scores"]:
       ids = self.split.column("id")[: len(self.split)].tolist()
       self.objects = object_scores.columns(data["object_scores"], ids)
+    self.features = None
+    if data["features"]:
+      self.features = features.Reader(data, self.split)
     self.heads, self.modality = tuple(data["heads"]), data["modality"]
     workers = data["workers"]
     self.threads = max(data["threads"] // max(workers, 1), 1)
@@ -189,7 +198,8 @@ class _Batches:
     """Compares what was built with what is asked for."""
     built = self.split.metadata
     stored = built.get("audio_rate", data["audio"]["rate"])
-    if "a" in data["modality"] and stored != data["audio"]["rate"]:
+    sound = "a" in data["modality"] and not data["features"]
+    if sound and stored != data["audio"]["rate"]:
       raise InputError(
         f"data.audio.rate is {data['audio']['rate']}; the sound in "
         f"{self.split.folder} has {stored}"
@@ -240,10 +250,11 @@ class _Batches:
     for attempt in range(_ATTEMPTS):
       number = self._number(position, attempt)
       try:
-        record = self.split[number]
-        clip = example.from_record(record, self.modality, self.heads)
+        clip = self._clip(number)
         rng = self._rng(position, attempt)
         self.cutter.cut(clip, batch, row, rng, self.views)
+        if self.features:
+          self.features.fill(number, batch, row)
         for key, column in self.objects.items():
           batch[key][row] = column[number]
       except InputError:
@@ -261,6 +272,12 @@ class _Batches:
       f"{_ATTEMPTS} clips of {self.split.folder} in a row cannot be read: "
       f"{failed[0][0]}: {failed[0][1]}"
     )
+
+  def _clip(self, number: int) -> example.Clip:
+    if self.features:
+      return self.features.clip(number)
+    record = self.split[number]
+    return example.from_record(record, self.modality, self.heads)
 
   def _rng(self, position: int, attempt: int) -> np.random.Generator | None:
     """Draws of an example; None in evaluation."""
@@ -423,8 +440,14 @@ def batch_of_files(
     A host batch without labels; `id` holds the paths.
 
   Raises:
-    InputError: a file cannot be read or has no track that is asked for.
+    InputError: a file cannot be read or has no track that is asked for; or
+      the model reads stored features.
   """
+  if data["features"]:
+    raise InputError(
+      "a model of stored features (data.features) reads no media files; make "
+      "their features with `python -m data_prep.features`"
+    )
   if isinstance(paths, (str, pathlib.Path)):
     paths = [paths]
   if not len(paths):

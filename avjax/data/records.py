@@ -168,8 +168,8 @@ class Split:
       name: `id`, `seconds`, `has_audio`, `has_video`; `label` holds the labels
         of all clips in a row, `label_ends` where each clip's end.
     """
-    path = self.folder / f"index_{self.name}.npz"
     if name not in self._columns:
+      path = self.folder / f"index_{self.name}.npz"
       if not path.exists():
         raise InputError(f"{path} is missing; build the data set again")
       with np.load(path) as arrays:
@@ -180,6 +180,12 @@ class Split:
     """The class numbers of each clip, the main one first; may be empty."""
     ends = self.column("label_ends")[: len(self)]
     return np.split(self.column("label"), ends)[: len(self)]
+
+  def labels_of(self, number: int) -> np.ndarray:
+    """The class numbers of one clip, the main one first; may be empty."""
+    ends = self.column("label_ends")
+    start = ends[number - 1] if number else 0
+    return self.column("label")[start : ends[number]]
 
   def label_weights(self) -> np.ndarray:
     """float64 [clips]: sum over labels of 1000 / (clips with it + 0.01).
