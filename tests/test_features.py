@@ -57,6 +57,16 @@ def test_features_are_read_as_they_were_written(stored):
       assert not one.read(absent, out) and not out.any()
 
 
+def test_every_finite_float16_is_widened_exactly():
+  bits = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
+  half = bits[np.isfinite(bits)][None]
+  out = np.empty(half.shape, np.float32)
+  features.widen(half, out)
+  np.testing.assert_array_equal(
+    out.view(np.int32), half.astype(np.float32).view(np.int32)
+  )
+
+
 @pytest.mark.parametrize("in_place", [True, False])
 def test_the_file_grows_and_keeps_what_it_holds(stored, in_place):
   path = stored / "audio.npy"

@@ -108,7 +108,8 @@ class Column:
 
   @functools.cached_property
   def _values(self) -> np.ndarray:
-    return mapped(*self._file, "r")
+    # A plain array: slices of np.memmap cost more than reading a row.
+    return mapped(*self._file, "r").view(np.ndarray)
 
   def __getstate__(self) -> dict[str, Any]:
     return {k: v for k, v in self.__dict__.items() if k != "_values"}
