@@ -99,11 +99,6 @@ def _ordered(module: Any, state: State) -> tuple[Any, dict[str, np.ndarray]]:
   return class_order(params, to_house=True), aside
 
 
-def _convnext_to_house(state: State) -> tuple[Any, Mapping[str, np.ndarray]]:
-  params, aside = convnext.to_house(state)
-  return class_order(params, to_house=True), aside
-
-
 def _is_scenic(layout: str, state: State) -> bool:
   inner = "MultiHeadDotProductAttention_0/"
   blocks = any("encoderblock_" in name and inner in name for name in state)
@@ -148,7 +143,7 @@ FAMILIES = {
   "convnext": Family(
     convnext.is_convnext,
     convnext.knows,
-    _convnext_to_house,
+    functools.partial(_ordered, convnext),
     "features.1.0.layer_scale",
   ),
   "mae": Family(

@@ -3,7 +3,8 @@
 Licences are those that the projects state for code and weights alike; Scenic's
 READMEs name none for the weights alone. Scores are the ones the projects or
 papers print: CAV-MAE's README and training logs, AV-MAE's, MBT's and AST's
-READMEs, MAE's (ImageNet-1K after fine-tuning), table 6 of AV-MAE for ViT.
+READMEs, MAE's (ImageNet-1K after fine-tuning), torchvision's list, table 6 of
+AV-MAE for ViT.
 """
 
 import dataclasses
@@ -77,6 +78,7 @@ VGG_FT = "cavmae_vgg_finetune.py"
 # These files hold the unused branch of the picture, too.
 AUDIO = ":modality=a"
 AVSIAM, AVSIAM_AS = "https://github.com/GenjiB/AVSiam", "avsiam_audioset.py"
+UAVM, UAVM_EXTRACTOR = "https://github.com/YuanGongND/uavm", "uavm_extractor_"
 AVMAE_AS, AVMAE_AS_FT = "avmae_audioset.py", "avmae_audioset_finetune.py"
 AVMAE_VGG, AVMAE_VGG_FT = "avmae_vgg.py", "avmae_vgg_finetune.py"
 
@@ -151,6 +153,23 @@ CHECKPOINTS = (
       ("as2m_pretrained.20", AVSIAM_AS),
       ("as+vgg+acav_pretrained", f"{AVSIAM_AS}:variant=base+"),
     )
+  ),
+  *(
+    Checkpoint(
+      f"{name}_audio_feat.pth", "convnext", BSD, "", f"{config}.py", UAVM
+    )
+    for name, config in (
+      ("as", f"{UAVM_EXTRACTOR}audioset"),
+      ("vgg", f"{UAVM_EXTRACTOR}vgg"),
+    )
+  ),
+  Checkpoint(
+    "convnext_base-6075fbad.pth",
+    "convnext",
+    "BSD-3-Clause",
+    "84.1 top-1 ImageNet-1K",
+    f"starts {UAVM_EXTRACTOR}vgg.py, {UAVM_EXTRACTOR}audioset.py",
+    "https://github.com/pytorch/vision",
   ),
   Checkpoint(
     "mae_pretrain_vit_base.pth, mae_pretrain_vit_base_full.pth",
