@@ -5,8 +5,8 @@ torchvision (ImageNet) where the program runs; `pretrain=scratch` is ours:
 
   python -m avjax.main --config=configs/uavm_extractor_audioset.py
 
-No score of it is published (UAVM hears 45.6 mAP of its features, table 1). Each
-evaluation is of the mean of the weights at the ends of epochs 16 to 30 so far.
+No score of it is published (UAVM hears 45.6 mAP of its features, table 1). From
+epoch 16 on, the mean of the weights at the ends of epochs since then is judged.
 
 All is as in configs/uavm_extractor_vgg.py but for what follows; the public
 warm-up trains at --config.schedule.base_lr=4.5e-4.

@@ -431,9 +431,8 @@ def _published(weights: Weights) -> tuple[str, str]:
         f"the weights have {classes} classes; configs are known for "
         f"{' and '.join(map(str, known))}: give --config"
       )
-    torch = ("cavmae", "avsiam", "uavm", "convnext")
-    scenic_family = weights.family not in torch
-    return known[classes], "variant=public" if scenic_family else ""
+    torch = weights.family in ("cavmae", "avsiam", "uavm", "convnext")
+    return known[classes], "" if torch else "variant=public"
   both = {"embed_audio", "embed_video"} <= set(params)
   if "encoder_joint" in params or not both:
     return "avmae_audioset", "variant=public"
