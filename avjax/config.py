@@ -295,6 +295,8 @@ def data_section() -> ConfigDict:
 EVAL_OPTIONS: dict[str, dict[str, Any]] = {
   # modes: () = the method's main one; average: logits, probabilities.
   "classification": {"modes": (), "average": "logits"},
+  # See avjax/evaluators/layers.py.
+  "layers": {"per_class": 0, "published_maps": False, "tsne": 0},
   # names: () = all embeddings; limits: 0 = the whole split.
   "linear_probe": {
     "train_split": "train", "train_limit": 0, "names": (),

@@ -199,7 +199,8 @@ def scatter_panels(
   """Points without axes, one panel beside the other, with one legend below.
 
   Args:
-    panels: heading -> sort of point -> places. Each sort has its marker.
+    panels: heading -> sort of point -> places. Each sort has its marker; the
+      sort '' is always drawn as a disc and has no entry in the legend.
     groups: of each point, of every sort and panel; each has its colour.
     names: of the groups.
     title: above all.
@@ -219,7 +220,8 @@ def scatter_panels(
     axis.set_title(heading, fontsize=9)
     axis.set_xticks([])
     axis.set_yticks([])
-    for (_, places), marker in zip(sorts.items(), POINTS, strict=False):
+    for (name, places), marker in zip(sorts.items(), POINTS, strict=False):
+      marker = marker if name else "o"
       axis.scatter(
         places[:, 0], places[:, 1], c=colours(groups % colours.N), s=26,
         marker=marker, linewidths=1.1 if marker == "+" else 0.0, alpha=0.85,
@@ -227,6 +229,7 @@ def scatter_panels(
   entries = [
     Line2D([], [], ls="", marker=marker, color="0.2", label=name)
     for name, marker in zip(next(iter(panels.values())), POINTS, strict=False)
+    if name
   ]
   entries += [
     Line2D([], [], ls="", marker="s", color=colours(i % colours.N), label=name)

@@ -8,6 +8,7 @@ from avjax.evaluators.base import Context, Evaluator
 
 EVALUATORS = {
   "classification": "avjax.evaluators.classification:Classification",
+  "layers": "avjax.evaluators.layers:Layers",
   "linear_probe": "avjax.evaluators.linear_probe:LinearProbe",
   "reconstruction": "avjax.evaluators.reconstruction:Reconstruction",
   "retrieval": "avjax.evaluators.retrieval:Retrieval",

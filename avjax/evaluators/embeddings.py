@@ -2,7 +2,7 @@
 
 import dataclasses
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -20,6 +20,8 @@ from avjax.evaluators.classification import fold_views
 from avjax.methods.base import Params
 
 SAY_EVERY = 30.0  # seconds
+
+Features = Callable[[Params, Mapping[str, jax.Array]], dict[str, jax.Array]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,10 +48,19 @@ class Embedder:
       their mean. Without it the mean over the views is taken as it is.
     alone: 'audio' and 'video' and nothing else, each from inputs without the
       other, so that no encoder of both can let one tell of the other.
+    features: (params, inputs) -> name -> [b d], instead of `Method.embed`.
   """
 
-  def __init__(self, context: Context, *, normalise: bool, alone: bool = False):
+  def __init__(
+    self,
+    context: Context,
+    *,
+    normalise: bool,
+    alone: bool = False,
+    features: Features | None = None,
+  ):
     self._context, self._normalise, self._alone = context, normalise, alone
+    self._make = features or context.method.embed
     self._step = jax.jit(self._embed)
 
   def split(
@@ -128,14 +139,13 @@ class Embedder:
   def _features(
     self, params: Params, inputs: Mapping[str, jax.Array]
   ) -> dict[str, jax.Array]:
-    method = self._context.method
     if not self._alone:
-      return method.embed(params, inputs)
+      return self._make(params, inputs)
     found = {}
     for m, other in (("audio", "video"), ("video", "audio")):
       hidden = augment.MIXED[other]
       own = {k: v for k, v in inputs.items() if k not in hidden}
-      embedded = method.embed(params, own)
+      embedded = self._make(params, own)
       found[m] = lookup(embedded, m, "embedding of the method")
     return found
 
