@@ -5,12 +5,12 @@ import dataclasses
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent import futures
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import simplejpeg
 
-from avjax.data import media, media_folder
+from avjax.data import media, media_folder, records
 from data_prep import stats
 
 # Own files: pictures 16:9 then fill the 640 pixels that YOLO looks at.
@@ -33,6 +33,16 @@ class Clip:
   sound: np.ndarray
   rate: int
   frames: Sequence[np.ndarray]
+
+
+class Source(Protocol):
+  """Clips that can be read by id."""
+
+  ids: Sequence[str]
+  origin: str
+
+  def read(self, name: str, tracks: str) -> Any:
+    """A clip's tracks: 'a', 'v' or 'av'; raises one of UNREADABLE."""
 
 
 class Stored:
@@ -83,10 +93,17 @@ class Stored:
     record = split[number]
     blobs = record.blobs("waveform") if "a" in tracks else []
     sound = np.frombuffer(blobs[0] if blobs else b"", np.int16)
-    frames = record.blobs("frames") if "v" in tracks else []
-    frames, _ = media.spread(frames, "frames10")
-    pictures = [simplejpeg.decode_jpeg(frame, "RGB") for frame in frames]
+    pictures = self.pictures(record) if "v" in tracks else []
     return Clip(sound, rate, pictures)
+
+  def pictures(self, record: records.Record) -> list[np.ndarray]:
+    """Ten frames of a clip, decoded.
+
+    Raises:
+      ValueError: one is not a JPEG file.
+    """
+    frames, _ = media.spread(record.blobs("frames"), "frames10")
+    return [simplejpeg.decode_jpeg(frame, "RGB") for frame in frames]
 
 
 class Files:
@@ -132,9 +149,9 @@ class Files:
 
 
 def read_all(
-  source: Stored | Files,
+  source: Source,
   wanted: Mapping[str, str],
-  prepare: Callable[[Clip, str], Any],
+  prepare: Callable[[Any, str], Any],
   *,
   threads: int,
   ahead: int,

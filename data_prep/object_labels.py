@@ -21,14 +21,12 @@ that cannot be read is noted with the reason; --retry asks for it again.
 """  # noqa: E501 - a table
 
 import contextlib
-import dataclasses
 import importlib.resources
 import json
 import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -38,24 +36,17 @@ from avjax import commands
 from avjax.data import object_scores
 from avjax.data.datasets import VARIANTS
 from avjax.errors import InputError
-from avjax.report import duration
 from data_prep import (
+  clip_jobs,
   object_audio,
   object_clips,
   object_msclap,
   object_video,
 )
-from data_prep.progress import track
+from data_prep.clip_jobs import Job
+from data_prep.object_clips import Source
 
-Source = object_clips.Stored | object_clips.Files
-
-SAVE_EVERY = 30.0  # seconds
 THRESHOLDS = (0.3, 0.4, 0.5)
-NOTHING = {
-  "audio": object_clips.NO_SOUND,
-  "video": object_clips.NO_PICTURES,
-}
-_LISTED = 5  # failed clips that are printed; the files hold all
 _BLOCK = 1 << 14  # rows counted at a time
 
 
@@ -89,149 +80,20 @@ def read_labels(path: str = "") -> list[str]:
   return names
 
 
-@dataclasses.dataclass
-class Job:
-  """The scoring of one modality.
-
-  Attributes:
-    writer: of the scores.
-    prepare: makes of a read clip what `scores` takes; None = it has no such
-      track. Called in threads.
-    scores: of several prepared clips [b, labels].
-    size: how much of a prepared clip there is.
-    batch_size: how much is computed at a time.
-    before: clips that had scores, or a reason, already.
-  """
-
-  writer: object_scores.Writer
-  prepare: Callable[[object_clips.Clip], Any]
-  scores: Callable[[Sequence[Any]], np.ndarray]
-  size: Callable[[Any], int]
-  batch_size: int
-  before: int = 0
-  _waiting: list[tuple[str, Any]] = dataclasses.field(default_factory=list)
-
-  def add(self, name: str, prepared: Any) -> None:
-    """Takes a clip; computes once a batch is full."""
-    self._waiting.append((name, prepared))
-    if sum(self.size(one) for _, one in self._waiting) >= self.batch_size:
-      self.flush()
-
-  def flush(self) -> None:
-    """Computes and stores what waits."""
-    if not self._waiting:
-      return
-    names, clips = zip(*self._waiting, strict=True)
-    rows = self.scores(clips)
-    good = np.isfinite(rows).all(axis=1)
-    kept = [name for name, fine in zip(names, good, strict=True) if fine]
-    self.writer.write(kept, rows[good])
-    for name in set(names) - set(kept):
-      self.writer.fail(name, "the model's scores are not finite")
-    self._waiting = []
-
-
-def score(
-  source: Source,
-  jobs: dict[str, Job],
-  *,
-  threads: int = 1,
-) -> None:
-  """Scores all clips of a source that lack scores; saves what is done.
-
-  Args:
-    source: of the clips.
-    jobs: by modality.
-    threads: that read clips while the models compute.
-  """
-  missing = {m: set(job.writer.missing()) for m, job in jobs.items()}
-  wanted = {}
-  for name in source.ids:
-    tracks = "".join(m[0] for m in jobs if name in missing[m])
-    if tracks:
-      wanted[name] = tracks
-
-  def prepare(clip: object_clips.Clip, tracks: str) -> dict[str, Any]:
-    return {m: j.prepare(clip) for m, j in jobs.items() if m[0] in tracks}
-
-  read = object_clips.read_all(
-    source, wanted, prepare, threads=threads, ahead=2 * threads + 2
-  )
-  saved = time.monotonic()
-  try:
-    with contextlib.closing(read):
-      for name, found in track(read, len(wanted), "object scores"):
-        _take(jobs, name, wanted[name], found)
-        if time.monotonic() - saved > SAVE_EVERY:
-          _save(jobs)
-          saved = time.monotonic()
-    for job in jobs.values():
-      job.flush()
-  finally:
-    _save(jobs)
-
-
-def _take(jobs: dict[str, Job], name: str, tracks: str, found: Any) -> None:
-  """Hands what was read of a clip to the jobs that asked for it."""
-  for modality, job in jobs.items():
-    if modality[0] not in tracks:
-      continue
-    if isinstance(found, Exception):
-      job.writer.fail(name, object_clips.reason(found))
-    elif found[modality] is None:
-      job.writer.fail(name, NOTHING[modality])
-    else:
-      job.add(name, found[modality])
-
-
-def _save(jobs: dict[str, Job]) -> None:
-  for job in jobs.values():
-    job.writer.save()
-
-
 # ---------------------------------------------------------------- report
 
 
-def table(jobs: dict[str, Job], source: Any, seconds: float) -> Iterator[str]:
-  """Lines: what became of the clips, and how many labels they would get."""
-  columns = {m: _numbers(job, source.ids) for m, job in jobs.items()}
-  yield f"{'':22}" + "".join(f"{m:>10}" for m in columns)
-  for row in next(iter(columns.values())):
-    yield f"{row:22}" + "".join(f"{c[row]:>10}" for c in columns.values())
-  new = sum(
-    len(source.ids) - job.before - len(job.writer.missing())
-    for job in jobs.values()
-  )
-  rate = new / max(seconds, 1e-6)
-  yield f"{duration(seconds)}, {rate:.1f} clips/s over both modalities"
-  for modality, job in jobs.items():
-    failed = [n for n in source.ids if n in job.writer.failed]
-    for name in failed[:_LISTED]:
-      yield f"  {modality}: {name}: {job.writer.failed[name]}"
-    if len(failed) > _LISTED:
-      more = len(failed) - _LISTED
-      yield f"  {modality}: {more:,} more in {modality}.json"
-
-
-def _numbers(job: Job, ids: Sequence[str]) -> dict[str, str]:
-  writer = job.writer
-  rows = writer.rows(ids)
-  scored = rows[writer.scored()[rows]]
-  failed = sum(name in writer.failed for name in ids)
-  found = {
-    "clips": f"{len(ids):,}",
-    "done before": f"{job.before:,}",
-    "scored": f"{len(scored):,}",
-    "failed": f"{failed:,}",
-  }
+def label_counts(scores: Any, rows: np.ndarray) -> dict[str, str]:
+  """How many labels the clips of these rows would get at each threshold."""
+  found = {}
   over = np.zeros((len(THRESHOLDS), 2), np.int64)  # labels, clips with one
-  for k in range(0, len(scored), _BLOCK):
-    block = writer.values[np.sort(scored[k : k + _BLOCK])].astype(np.float32)
+  for k in range(0, len(rows), _BLOCK):
+    block = scores.values[np.sort(rows[k : k + _BLOCK])].astype(np.float32)
     for sums, threshold in zip(over, THRESHOLDS, strict=True):
       labels = (block > threshold).sum(axis=1)
       sums += labels.sum(), (labels > 0).sum()
   for (labels, clips), threshold in zip(over, THRESHOLDS, strict=True):
-    count = max(len(scored), 1)
+    count = max(len(rows), 1)
     found[f"labels a clip > {threshold}"] = f"{labels / count:.2f}"
     found[f"clips with any > {threshold}"] = f"{100 * clips / count:.1f}%"
   return found
@@ -362,8 +224,11 @@ def run(values: Any) -> list[str]:
       job.before = len(source.ids) - len(job.writer.missing())
     began = time.monotonic()
     threads = values.threads or os.cpu_count() or 1
-    score(source, jobs, threads=threads)
-    lines = list(table(jobs, source, time.monotonic() - began))
+    clip_jobs.work(source, jobs, "object scores", threads=threads)
+    spent = time.monotonic() - began
+    lines = list(
+      clip_jobs.table(jobs, source.ids, spent, done="scored", more=label_counts)
+    )
     empty = [m for m, j in jobs.items() if not j.writer.scored().any()]
   if len(empty) == len(jobs):
     print("\n".join(lines))
