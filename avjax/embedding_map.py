@@ -71,6 +71,7 @@ def tsne(points: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n 2"]:
   At least four points.
   """
   from sklearn.manifold import TSNE
+  from threadpoolctl import threadpool_limits
 
   model = TSNE(
     metric="cosine",
@@ -78,7 +79,10 @@ def tsne(points: Float[np.ndarray, "n d"]) -> Float[np.ndarray, "n 2"]:
     perplexity=min(PERPLEXITY, (len(points) - 1) / 3),
     random_state=SEED,
   )
-  return model.fit_transform(points.astype(np.float32))
+  # So few points are done in a second by one thread; more would wait for each
+  # other a thousand times, for long on a busy machine.
+  with threadpool_limits(limits=1):
+    return model.fit_transform(points.astype(np.float32))
 
 
 def draw(
