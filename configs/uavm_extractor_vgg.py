@@ -6,8 +6,14 @@ are the last map of this model. From `convnext_base-6075fbad.pth` of torchvision
 
   python -m avjax.main --config=configs/uavm_extractor_vgg.py
 
-No score of it is published (UAVM hears 56.5 top-1 of its features, table 1).
-The paper gives the architecture, the start and the log-mel; all else is the
+`python -m data_prep.features` makes features with it, on which
+configs/uavm_vgg.py trains.
+
+`modality=v` trains it on pictures instead, for data that ImageNet's weights do
+not fit, or without them; the paper takes those as they are.
+
+No score is published (UAVM hears 56.5 top-1 of its features, table 1). The
+paper gives the architecture, the start and the log-mel; all else is the
 public code's, stochastic depth of 0.5 too, which is torchvision's for this
 size. After each epoch the whole test split is judged, and the best epoch stays.
 
@@ -28,7 +34,7 @@ from ml_collections import ConfigDict
 from avjax import config as config_lib
 from avjax.methods import convnext
 
-PAPER = {"pretrain": "imagenet", "epochs": 25}
+PAPER = {"modality": "a", "pretrain": "imagenet", "epochs": 25}
 DEMO = {"pretrain": "scratch", "epochs": 10}
 SOURCES = {"imagenet": "convnext_base-6075fbad.pth", "scratch": ""}
 
@@ -50,7 +56,7 @@ def parse(arg: str | None, paper: dict[str, object]) -> ConfigDict:
 
 
 def extractor(args: ConfigDict, *, base_lr: float, start: int) -> ConfigDict:
-  """Training on sounds; the rate is halved after `start` epochs and each."""
+  """Supervised training; the rate is halved after `start` epochs and each."""
   config = config_lib.base_config()
   config.method = "convnext"
   config.total_epochs = float(args.epochs)
@@ -59,7 +65,8 @@ def extractor(args: ConfigDict, *, base_lr: float, start: int) -> ConfigDict:
   config.model = convnext.default_model("B", drop_path=0.5, scan=True)
   config.model.label_smoothing = 0.1
   config.init_from = config_lib.choose(SOURCES, args.pretrain, "pretrain")
-  set_sound(config.data)
+  media = {"a": set_sound, "v": set_pictures}
+  config_lib.choose(media, args.modality, "modality")(config.data)
   config.optimizer.update(name="adam_l2", b1=0.95, b2=0.999, weight_decay=5e-7)
   config.schedule.update(name="step", base_lr=base_lr, step_factor=0.5)
   config.schedule.step_epochs = tuple(range(start, math.ceil(args.epochs)))
@@ -83,18 +90,27 @@ def set_sound(data: ConfigDict) -> None:
   augment.update(noise=0.1, roll=10, mask_value="raw", random_crop=False)
 
 
+def set_pictures(data: ConfigDict) -> None:
+  """One frame, as torchvision's weights had theirs."""
+  data.modality, data.sampling = "v", "balanced"
+  data.video.update(num_frames=1, stride=1)
+  data.video.update(mean=(0.485, 0.456, 0.406), std=(0.229, 0.224, 0.225))
+  data.augment.update(flip=0.5, mixup=10.0, mixup_probability=0.5)
+
+
 def shrink(config: ConfigDict) -> ConfigDict:
   """`:demo`: other data, sizes and step counts."""
   config.model.update(width=16, depths=(1, 1, 2, 1), scan=False)
   config.batch_size = 24
   config.log_every = 10
-  # Clips of 3 s: 298 frames of log-mel.
   config.data.update(name="av_demo", split="train")
-  config.data.audio.seconds = 3.0
-  config.data.fbank.frames = 288
+  config.data.video.update(resize=64, size=64)
   # Ours: what 400 steps from random weights learn most with.
-  config.model.drop_path = 0.0
-  config.data.augment.update(freq_size=24, time_size=48, mixup=0.0)
+  config.model.drop_path = config.data.augment.mixup = 0.0
+  if config.data.modality == "a":
+    # Clips of 3 s: 298 frames of log-mel.
+    config.data.audio.seconds, config.data.fbank.frames = 3.0, 288
+    config.data.augment.update(freq_size=24, time_size=48)
   config.schedule.update(base_lr=2e-3, warmup_steps=0, step_epochs=(6, 8))
   config.checkpoint.every_epochs = config.total_epochs / 2
   for section in config.evals.values():

@@ -87,10 +87,12 @@ def spaced(count: int, rate: float, most: int) -> list[int]:
   return [min(max(math.ceil(end - 1e-6) - 1, 0), count - 1) for end in ends]
 
 
-def resized(picture: UInt8[np.ndarray, "h w 3"]) -> UInt8[np.ndarray, "h w 3"]:
-  """The picture with a short side of SHORT_SIDE pixels."""
+def resized(
+  picture: UInt8[np.ndarray, "h w 3"], side: int = SHORT_SIDE
+) -> UInt8[np.ndarray, "h w 3"]:
+  """The picture with a short side of so many pixels."""
   height, width = picture.shape[:2]
-  scale = SHORT_SIDE / min(height, width)
+  scale = side / min(height, width)
   size = (round(width * scale), round(height * scale))
   if size == (width, height):
     return picture
@@ -102,7 +104,9 @@ class Pictures:
   """ConvNeXt on pictures.
 
   Args:
-    weights: torchvision's file, such as convnext_base-6075fbad.pth.
+    weights: torchvision's file, such as convnext_base-6075fbad.pth; or a run of
+      configs/uavm_extractor_*.py with modality=v, whose pictures had another
+      size.
     batch_size: pictures at a time.
 
   Attributes:
@@ -114,15 +118,18 @@ class Pictures:
   """
 
   def __init__(self, weights: str, batch_size: int):
-    params, _ = _read(weights, channels=3)
+    params, plain = _read(weights, channels=3)
+    video = plain.get("data", {}).get("video", {})
+    self._side = video.get("resize", SHORT_SIDE)
+    look = tuple(video.get("mean", MEAN)), tuple(video.get("std", STD))
     self._params, self._batch = jax.device_put(params), batch_size
     self.width = convnext.size_of(params).channels
     self.source = {
       **_named(weights, params),
       "rate": RATE,
-      "short_side": SHORT_SIDE,
+      "short_side": self._side,
     }
-    self._run = jax.jit(_of_pictures)
+    self._run = jax.jit(functools.partial(_of_pictures, look))
 
   def check(self, clips: Clips) -> None:
     """Any pictures will do."""
@@ -131,7 +138,7 @@ class Pictures:
     """Resizes; a picture that is repeated stays one object."""
     if not len(clip.frames):
       return None
-    made = {id(frame): resized(frame) for frame in clip.frames}
+    made = {id(frame): resized(frame, self._side) for frame in clip.frames}
     return [made[id(frame)] for frame in clip.frames]
 
   def features(
@@ -215,10 +222,10 @@ class Sound:
 
 
 def _of_pictures(
-  params: Any, pictures: UInt8[Array, "b h w 3"]
+  look: tuple[Any, Any], params: Any, pictures: UInt8[Array, "b h w 3"]
 ) -> Float[Array, "b d"]:
   values = pictures.astype(jnp.float32) / 255
-  mean, std = (jnp.asarray(x, jnp.float32) for x in (MEAN, STD))
+  mean, std = (jnp.asarray(x, jnp.float32) for x in look)
   return convnext.features(params, (values - mean) / std)
 
 

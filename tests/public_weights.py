@@ -159,3 +159,26 @@ def vit_npz(torch_state, heads=2):
     state[f"{inner}out/kernel"] = out.reshape(heads, -1, d)
     state[f"{inner}out/bias"] = torch_state[f"{ours}attn.proj.bias"]
   return state
+
+
+def convnext(channels, classes=309):
+  """A tiny ConvNeXt: under torchvision's names, and its parameters."""
+  import jax
+
+  from avjax.nn import convnext as net
+  from avjax.weights import convnext as names
+
+  size = net.Size(8, (1, 1, 2, 1))  # LayerNorm of 2 magnifies rounding
+  width = size.channels
+  x = np.zeros((1, 32, 32, channels), np.float32)
+  shapes = jax.eval_shape(net.ConvNeXt(size).init, jax.random.key(0), x)
+  shapes = shapes["params"]
+  shapes["classifier"] = {
+    "norm": {k: np.zeros(width) for k in ("scale", "bias")},
+    "out": {"kernel": np.zeros((width, classes)), "bias": np.zeros(classes)},
+  }
+  rng = np.random.default_rng(channels)
+  params = jax.tree.map(
+    lambda leaf: rng.normal(0, 0.3, leaf.shape).astype(np.float32), shapes
+  )
+  return names.to_reference(params), params

@@ -61,9 +61,9 @@ def inputs():
   return {"image": image.transpose(0, 2, 3, 1), "audio": fbank}
 
 
-def method(**model):
+def method(modality="a", **model):
   config = config_lib.base_config()
-  config.method = "convnext"
+  config.method, config.data.modality = "convnext", modality
   config.model = method_lib.default_model("B", **{**TINY, **model})
   return methods.make(config)
 

@@ -3,7 +3,6 @@
 import types
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import simplejpeg
@@ -12,12 +11,9 @@ from avjax.data import audio, records
 from avjax.data.features import Features
 from avjax.errors import InputError
 from avjax.nn import convnext
-from avjax.weights import convnext as names
 from avjax.weights import formats
 from data_prep import feature_nets, features, stats
-
-TINY = convnext.Size(8, (1, 1, 2, 1))  # LayerNorm of 2 magnifies rounding
-WIDTH = TINY.channels
+from tests import public_weights
 
 
 @pytest.fixture
@@ -170,19 +166,8 @@ def weights(tmp_path_factory):
   folder = tmp_path_factory.mktemp("weights")
   made = {}
   for kind, channels, classes in (("video", 3, 5), ("audio", 1, 309)):
-    x = np.zeros((1, 32, 32, channels), np.float32)
-    shapes = jax.eval_shape(
-      convnext.ConvNeXt(TINY).init, jax.random.key(0), jnp.asarray(x)
-    )["params"]
-    shapes["classifier"] = {
-      "norm": {k: np.zeros(WIDTH) for k in ("scale", "bias")},
-      "out": {"kernel": np.zeros((WIDTH, classes)), "bias": np.zeros(classes)},
-    }
-    rng = np.random.default_rng(channels)
-    params = jax.tree.map(
-      lambda leaf, rng=rng: rng.normal(0, 0.3, leaf.shape).astype("f4"), shapes
-    )
-    formats.write(folder / f"{kind}.npz", names.to_reference(params))
+    state, params = public_weights.convnext(channels, classes)
+    formats.write(folder / f"{kind}.npz", state)
     made[kind] = str(folder / f"{kind}.npz"), params
   return made
 

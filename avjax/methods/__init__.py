@@ -14,7 +14,7 @@ METHODS = {
   "deteclap": "avjax.methods.deteclap:DETECLAP",
   "avsiam": "avjax.methods.avsiam:AVSiam",
   "avsiam_finetune": "avjax.methods.avsiam_finetune:AVSiamFinetune",
-  "convnext": "avjax.methods.convnext:ConvNeXtAudio",
+  "convnext": "avjax.methods.convnext:ConvNeXtClassifier",
   "uavm": "avjax.methods.uavm:UAVM",
 }
 

@@ -1,7 +1,9 @@
-"""ConvNeXt on log-mel: the audio feature extractor of UAVM.
+"""ConvNeXt on log-mel or on pictures: the feature extractors of UAVM.
 
 arXiv:2208.00061, §2.1: a ConvNeXt-Base of ImageNet, trained to classify sounds
 of the data set, whose last map is then UAVM's input (`nn.convnext.features`).
+With `data.modality='v'` it is trained on pictures instead, which is ours: the
+paper takes ImageNet's as it is.
 What the paper leaves out is from the public code: mel bins are rows of a map
 of one channel, whose stem is the sum over the colours of ImageNet's; the mean
 over all places, a LayerNorm and a linear layer give the logits; ImageNet's
@@ -30,10 +32,11 @@ from avjax.methods.cavmae_finetune import (
   cross_entropy,
 )
 from avjax.nn import convnext, heads, masking
+from avjax.nn.cav_encoder import INPUTS
 from avjax.nn.transformer import drop_path, stack_layers
 from avjax.weights import transfer
 
-AUDIO = ("audio",)
+NAMES = {"a": "audio", "v": "video"}
 
 
 def default_model(size: str = "B", **overrides: Any) -> ConfigDict:
@@ -57,13 +60,23 @@ def default_model(size: str = "B", **overrides: Any) -> ConfigDict:
   return with_overrides(values, overrides)
 
 
-class ConvNeXtAudio(Method):
-  """The classifier's parameters are of the group `head`."""
+class ConvNeXtClassifier(Method):
+  """The classifier's parameters are of the group `head`.
 
-  modes = ("av", "a")  # the same
+  Attributes:
+    m: the modality that it reads; of several pictures the mean counts.
+  """
 
   def __init__(self, config: Any):
     super().__init__(config)
+    modality = config.data.modality
+    if modality not in NAMES:
+      raise InputError(
+        f"ConvNeXt reads sound or pictures: data.modality={modality!r} must be "
+        "'a' or 'v'"
+      )
+    self.m = NAMES[modality]
+    self.modes = ("av", modality)  # the same
     self.model = config.model
     self.size = convnext.resolve(self.model)
     self.num_layers = sum(self.size.depths)
@@ -75,7 +88,7 @@ class ConvNeXtAudio(Method):
 
   def init(self, rng: jax.Array, inputs: Inputs) -> Params:
     """See `Method.init`; the linear layer as PyTorch's."""
-    x = convnext.spectrogram(chosen(inputs, AUDIO)["fbank"])
+    x, _ = self.maps(inputs)
     keys = jax.random.split(rng, 3)
     params = convnext.ConvNeXt(self.size).init(keys[0], x)["params"]
     d, k = self.size.channels, sum(self.classes.values())
@@ -96,29 +109,40 @@ class ConvNeXtAudio(Method):
     keep: Float[Array, "l b"] | None = None,
   ) -> Float[Array, "b d"]:
     """The mean over the last map, before the classifier's LayerNorm."""
-    x = chosen(inputs, AUDIO)["fbank"].astype(self.config.dtype)
+    x, times = self.maps(inputs)
+    x = x.astype(self.config.dtype)
+    if keep is not None:
+      keep = jnp.repeat(keep, times, axis=1)
     stack = {name: self.model[name] for name in ("scan", "remat")}
     if self.model.scan:
       params = stack_layers(params)
     maps = convnext.ConvNeXt(self.size, **stack).apply(
-      {"params": params}, convnext.spectrogram(x), keep
+      {"params": params}, x, keep
     )
-    return maps["stage_3"].astype(jnp.float32).mean((1, 2))
+    means = maps["stage_3"].astype(jnp.float32).mean((1, 2))
+    return means.reshape(-1, times, means.shape[1]).mean(1)
+
+  def maps(self, inputs: Inputs) -> tuple[Float[Array, "n h w c"], int]:
+    """The spectrograms or all pictures as maps; how many an example has."""
+    (x,) = chosen(inputs, (self.m,)).values()
+    if self.m == "audio":
+      return convnext.spectrogram(x), 1
+    return x.reshape(-1, *x.shape[2:]), x.shape[1]
 
   def loss(
     self, params: Params, inputs: Inputs, rng: jax.Array, step: jax.Array
   ) -> tuple[jax.Array, dict[str, Any]]:
-    """The mean over heads and over the examples that have sound."""
+    """The mean over heads and over the examples that have the modality."""
     del step
     pooled = self.pooled(params, inputs, self.draw_keep(inputs, rng))
     logits = self.logits(params, pooled)
-    counted = present(inputs, AUDIO)
+    counted = present(inputs, (self.m,))
     metrics = {}
     for head, x in heads.split(logits, self.classes).items():
       labels = losses.assign_labels(
         inputs["label" if head == "label" else f"label/{head}"],
         self.model.label_smoothing,
-        inputs.get("mix/audio"),
+        inputs.get(f"mix/{self.m}"),
       )
       values = cross_entropy(self.criterion, x, labels)
       metrics[f"loss_{head}"] = losses.weighted_mean(values, counted)
@@ -129,7 +153,7 @@ class ConvNeXtAudio(Method):
     self, inputs: Inputs, rng: jax.Array
   ) -> Float[Array, "l b"] | None:
     """Patterns of stochastic depth; kept branches grow by what is lost."""
-    rate, b = self.model.drop_path, len(inputs["fbank"])
+    rate, b = self.model.drop_path, len(inputs[INPUTS[self.m]])
     if not rate:
       return None
     index = inputs.get("index", jnp.arange(b, dtype=jnp.uint32))
@@ -143,13 +167,13 @@ class ConvNeXtAudio(Method):
     return classify(params["classifier"], pooled, convnext.EPS)
 
   def embed(self, params: Params, inputs: Inputs) -> dict[str, jax.Array]:
-    """'audio' [b d]: the mean over the last map, not normalised."""
-    return {"audio": self.pooled(params, inputs)}
+    """'audio' or 'video' [b d]: the mean of the last map, not normalised."""
+    return {self.m: self.pooled(params, inputs)}
 
   def predict(
     self, params: Params, inputs: Inputs, *, mode: str = "av"
   ) -> dict[str, jax.Array]:
-    """See `Method.predict`; 'av' is what there is, the sound."""
+    """See `Method.predict`; 'av' is what there is."""
     lookup(dict.fromkeys(self.modes), mode, "mode of predict")
     logits = self.logits(params, self.pooled(params, inputs))
     return heads.split(logits, self.classes)
