@@ -74,7 +74,7 @@ def parse_flags(argv: list[str]) -> list[str]:
 def with_demo_data(config: Any) -> Any:
   """Makes and builds av_demo where a config asks for it and it is absent.
 
-  The same for scores of its own objects.
+  The same for scores of its own objects and for frozen features of it.
   """
   stages = [config[name] for name in config.stages] or [config]
   for stage in stages:
@@ -87,6 +87,10 @@ def with_demo_data(config: Any) -> Any:
 
         made = demo_objects.ensure(stage.data, path)
         stage.data.object_scores = str(made)
+      if stage.data.features == "demo":
+        from data_prep import demo_features
+
+        stage.data.features = str(demo_features.ensure(stage.data, path))
       if config.stages:
         config.data_dir = str(path)
       else:

@@ -23,6 +23,9 @@ ARGUMENTS = (
   "variant",
   "threshold_audio",
   "threshold_video",
+  "shared_layers",
+  "shared_width",
+  "lambda_audio",
   "pretrain",
   "epochs",
 )
@@ -273,7 +276,7 @@ def data_section() -> ConfigDict:
       # `truth` stands for av_demo's own objects.
       "object_scores": "",
       # Folder of stored features, see avjax.data.features; '' = none. With it a
-      # batch has neither frames nor sound.
+      # batch has neither frames nor sound. `demo` stands for av_demo's own.
       "features": "",
       "feature_frames": 30,  # tokens of a clip, with zeros if it has fewer
       "feature_width": 1024,

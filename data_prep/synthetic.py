@@ -6,7 +6,7 @@ they go through the builder that all data sets go through.
 """
 
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -129,7 +129,10 @@ def scores(folder: pathlib.Path, clips: int = 64) -> pathlib.Path:
 
 
 def features(
-  folder: pathlib.Path, section: Any, clips: int = 64
+  folder: pathlib.Path,
+  section: Any,
+  clips: int = 64,
+  ids: Sequence[str] = (),
 ) -> pathlib.Path:
   """Stored features of these clips, of the size that a config asks for.
 
@@ -137,12 +140,13 @@ def features(
     folder: that `build` was given.
     section: `config.data`; modality, feature_frames and feature_width are used.
     clips: in the split.
+    ids: of other clips than those of `build`.
 
   Returns:
     The folder to read as `config.data.features`.
   """
   rng, out = np.random.default_rng(0), folder / "features"
-  ids = [clip_id(number) for number in range(clips)]
+  ids = list(ids) or [clip_id(number) for number in range(clips)]
   shape = (section["feature_frames"], section["feature_width"])
   for modality in stored_features.MODALITIES:
     if modality[0] in section["modality"]:
@@ -150,7 +154,7 @@ def features(
         out, modality, tokens=shape[0], width=shape[1],
         source={"model": "noise"}, clips=ids,
       ) as writer:  # fmt: skip
-        writer.write(ids, rng.standard_normal((clips, *shape), np.float32))
+        writer.write(ids, rng.standard_normal((len(ids), *shape), np.float32))
   return out
 
 

@@ -71,6 +71,9 @@ PER_METHOD["avsiam"] = {
   "multimodal_depth": 1,
 }  # fmt: skip
 PER_METHOD["convnext"] = {"width": 4, "depths": (1, 1, 1, 1)}
+PER_METHOD["uavm"] = {
+  "specific_layers": 1, "shared_layers": 1, "shared_width": 16,
+}  # fmt: skip
 PER_METHOD["avsiam_finetune"] = {"depth": 1, "multimodal_depth": 1}
 
 
@@ -100,7 +103,23 @@ def shrink(config, **overrides):
 
     folder = demo_objects.ensure(config.data, pathlib.Path(config.data.dir))
     config.data.object_scores = str(folder)
+  if config.data.features == "demo":
+    config.data.features = str(noise(config.data))
   return config
+
+
+def noise(data):
+  """A folder of stored features of av_demo that mean nothing."""
+  from avjax.data import records
+  from data_prep import synthetic
+
+  # One of each process: only one may write to it.
+  folder = pathlib.Path(data.dir) / f"noise_{os.getpid()}"
+  if not folder.exists():
+    splits = [records.Split(data, name) for name in ("train", "test")]
+    ids = [str(i) for split in splits for i in split.column("id")]
+    synthetic.features(folder, data, ids=ids)
+  return folder / "features"
 
 
 _COMPILED = {}  # (step, first state) by all of a config but its data set

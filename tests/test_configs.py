@@ -206,6 +206,12 @@ def test_demo_changes_only_what_it_says(name):
       r"model\.label_weight",
       r"evals\.retrieval\.within",
     )
+  if name.startswith("uavm"):
+    allowed += (
+      r"data\.feature",
+      r"model\.(shared_width|tokens)",
+      r"evals\.layers\.(per_class|tsne)",
+    )
   full, demo = stages(load(name)), stages(load(name, "demo"))
   for a, b in zip(full, demo, strict=True):
     rows = config_lib.differences(config_lib.plain(a), config_lib.plain(b))

@@ -79,6 +79,22 @@ VGG_FT = "cavmae_vgg_finetune.py"
 AUDIO = ":modality=a"
 AVSIAM, AVSIAM_AS = "https://github.com/GenjiB/AVSiam", "avsiam_audioset.py"
 UAVM, UAVM_EXTRACTOR = "https://github.com/YuanGongND/uavm", "uavm_extractor_"
+_UNIFIED, _FULL = "unified_trans", "full_att_trans"
+# The middle of the names is the recipe: -lr5e-5-bs-144-…-h4-.
+UAVM_MODELS = (
+  ("unified", "VGGSound", f"testfm66-vgg-{_UNIFIED}", "di3-ds3…r1.pth",
+   "56.5, 49.9, 65.8 top-1 a, v, av", "uavm_vgg.py"),
+  ("independent", "VGGSound", f"testfm66-vgg-{_UNIFIED}", "di6-ds0…r1.pth",
+   "56.5, 49.7, 65.7 top-1 a, v, av", "uavm_vgg.py:variant=independent"),
+  ("cross-modal", "VGGSound", f"testfm75-vgg-{_FULL}", "di3-ds3…r1.pth",
+   "62.9 top-1 av", "uavm_vgg.py:variant=cross_modal"),
+  ("unified", "AudioSet", f"testfm74-full-{_UNIFIED}", "di3-ds3…r1.pth",
+   "45.6, 27.4, 48.0 mAP a, v, av", "uavm_audioset.py"),
+  ("independent", "AudioSet", f"testfm74-full-{_UNIFIED}", "di6-ds0…r1.pth",
+   "45.5, 26.8, 48.1 mAP a, v, av", "uavm_audioset.py:variant=independent"),
+  ("cross-modal", "AudioSet", f"testfm74-full-{_FULL}", "di3-ds3….pth",
+   "50.4 mAP av", "uavm_audioset.py:variant=cross_modal"),
+)  # fmt: skip
 AVMAE_AS, AVMAE_AS_FT = "avmae_audioset.py", "avmae_audioset_finetune.py"
 AVMAE_VGG, AVMAE_VGG_FT = "avmae_vgg.py", "avmae_vgg_finetune.py"
 
@@ -162,6 +178,17 @@ CHECKPOINTS = (
       ("as", f"{UAVM_EXTRACTOR}audioset"),
       ("vgg", f"{UAVM_EXTRACTOR}vgg"),
     )
+  ),
+  *(
+    Checkpoint(
+      f"UAVM {model} ({data}: {file}…{ending})",
+      "uavm",
+      BSD,
+      score,
+      config,
+      UAVM,
+    )
+    for model, data, file, ending, score, config in UAVM_MODELS
   ),
   Checkpoint(
     "convnext_base-6075fbad.pth",
