@@ -67,6 +67,9 @@ EXPECTED = {
   ),
   # Runs of CAV-MAE take minutes; tests/test_compare.py has small ones.
   "python -m avjax.compare": Expected(code=2, words=("runs/cavmae",)),
+  "python -m data_prep.features": Expected(
+    words=("stored", "features/vggsound")
+  ),
   "python -m data_prep.show": Expected(words=("vggsound_video_test.png",)),
 }
 
@@ -97,6 +100,10 @@ def place(demo_data, tmp_path_factory):
   state = {f"module.{k}": torch.from_numpy(v) for k, v in state.items()}
   torch.save(state, folder / "audio_model.pth")
   object_models.write_clap(folder / "clap")
+  for name, channels in (("vgg_audio_feat", 1), ("convnext_base-6075fbad", 3)):
+    state, _ = public_weights.convnext(channels)
+    state = {k: torch.from_numpy(v) for k, v in state.items()}
+    torch.save(state, folder / f"{name}.pth")
   names = object_labels.read_labels()
   object_models.write_yolo(folder / "yolov8x-oiv7.pt", names)
   with tarfile.open(folder / "videos.tar.gz", "w:gz") as archive:
