@@ -218,7 +218,7 @@ def test_names_are_those_of_the_model():
   "change, words",
   [
     ({"vit_base.blocks.0.attn.qvk.weight": np.zeros((24, 8))},
-     "1 of .*nearest to .*: 'vit_base.blocks.0.attn.qkv.weight'"),
+     "1 of .*nearest: 'vit_base.blocks.0.attn.qkv.weight'"),
     ({"vit_base.blocks.1.mlp.fc1.weight": np.zeros((16, 4))},
      r"has shape \(16, 4\); expected \(16, 8\)"),
     ({"my_blocks.1.attn.qkv.bias": np.zeros(24)}, "are one parameter"),

@@ -490,7 +490,7 @@ def test_refusals():
     uavm.to_reference({"encoder": {"norm": {"scale": np.ones(4)}}})
   state = dict(made.state("u20_e64"))
   state["a_trans.blocks.0.norm3.weight"] = np.ones(64)
-  with pytest.raises(InputError, match="nearest to .*norm"):
+  with pytest.raises(InputError, match="nearest: .*norm"):
     uavm.to_house(state)
   state = dict(
     made.state("u20_e64"), **{"a_trans.blocks.1.norm1.bias": np.ones(3)}

@@ -16,7 +16,6 @@ What no result depends on is no parameter here: `to_house` hands it out as
 `aside`, `to_reference` puts it back. The decoder may have any depth.
 """
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -120,12 +119,7 @@ def to_house(
     else:
       unknown.append(key)
   if unknown:
-    near = difflib.get_close_matches(unknown[0], [*names], n=1, cutoff=0.4)
-    raise InputError(
-      f"{len(unknown)} of {len(bare)} keys are not of an AVSiam checkpoint: "
-      f"{', '.join(map(repr, sorted(unknown)[:8]))}"
-      + (f" (nearest to {unknown[0]!r}: {near[0]!r})" if near else "")
-    )
+    raise transfer.foreign_keys(unknown, len(bare), names, "an AVSiam")
   _check_shapes(bare)
   return trees.unflatten(params), aside
 

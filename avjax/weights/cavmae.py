@@ -8,7 +8,6 @@ block carries six LayerNorms; those that no pass uses are no parameters here:
 `to_house` hands them out as `aside`, `to_reference` puts them back.
 """
 
-import difflib
 import re
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -121,7 +120,7 @@ def to_house(
       _check_shape(key, value, shape, words.get("m", ""), sizes)
       params[_fill(house, words, 1)] = _tidy(house, value)
   if unknown:
-    raise _unknown_keys(unknown, list(bare))
+    raise _unknown_keys(unknown, len(bare))
   return trees.unflatten(params), aside
 
 
@@ -217,21 +216,18 @@ def _dead_keys(state: Mapping[str, np.ndarray]) -> Iterator[tuple[str, int]]:
         yield f"{match[1]}_{m}.{match[2]}", len(value)
 
 
-def _unknown_keys(names: list[str], present: list[str]) -> InputError:
+def _unknown_keys(names: list[str], present: int) -> InputError:
   known = set()
   for public, _, _ in _TABLE:
     for m in _WORDS["m"]:
       for norm in _WORDS["norm"]:
         known.add(_fill(public, {"m": m, "norm": norm, "i": "0"}, 0))
-  rows = []
-  for name in sorted(names)[:8]:
-    plain = re.sub(r"\.\d+\.(?=\w+[12]|attn|mlp)", ".0.", name)
-    near = difflib.get_close_matches(plain, sorted(known), n=1, cutoff=0.4)
-    rows.append(repr(name) + (f" (nearest: {near[0]!r})" if near else ""))
-  more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-  return InputError(
-    f"{len(names)} of {len(present)} keys are not of a CAV-MAE checkpoint: "
-    f"{', '.join(rows)}{more}"
+  return transfer.foreign_keys(
+    names,
+    present,
+    known,
+    "a CAV-MAE",
+    bare=lambda name: re.sub(r"\.\d+\.(?=\w+[12]|attn|mlp)", ".0.", name),
   )
 
 

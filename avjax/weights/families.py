@@ -8,7 +8,6 @@ an image tree), what is kept aside, and the config that goes with them.
 import dataclasses
 import difflib
 import functools
-import importlib
 import importlib.resources
 import json
 import re
@@ -445,8 +444,8 @@ def _published(weights: Weights) -> tuple[str, str]:
 
 def _classes(params: Any) -> int:
   names = ("classifier", "classifier_av", "classifier_audio")
-  heads = [params[name].get("out") for name in names if name in params]
-  head = (heads or [None])[0] or params.get("head") or {}
+  heads = (params[name].get("out") for name in names if name in params)
+  head = next(heads, None) or params.get("head") or {}
   return len(head["bias"]) if "bias" in head else 0
 
 

@@ -1,5 +1,6 @@
 """Starts one model from another and accounts for every name on both sides."""
 
+import difflib
 import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -13,6 +14,34 @@ from avjax.methods.base import Loaded, Params
 # (source array, target shape) -> (array of that shape, what was done to it),
 # or None where it does not know how.
 Reshape = Callable[[np.ndarray, tuple[int, ...]], tuple[np.ndarray, str] | None]
+
+
+def foreign_keys(
+  names: Sequence[str],
+  present: int,
+  known: Iterable[str],
+  what: str,
+  *,
+  bare: Callable[[str], str] = str,
+) -> InputError:
+  """The error for keys of a file that its family does not have.
+
+  Args:
+    names: the keys; the first eight are named, each with the nearest known.
+    present: keys of the file.
+    known: keys of the family.
+    what: the family's checkpoint, with its article.
+    bare: brings a key to the form of `known`.
+  """
+  known, rows = sorted(known), []
+  for name in sorted(names)[:8]:
+    near = difflib.get_close_matches(bare(name), known, n=1, cutoff=0.4)
+    rows.append(repr(name) + (f" (nearest: {near[0]!r})" if near else ""))
+  more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+  return InputError(
+    f"{len(names)} of {present} keys are not of {what} checkpoint: "
+    f"{', '.join(rows)}{more}"
+  )
 
 
 def fill(

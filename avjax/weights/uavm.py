@@ -22,7 +22,6 @@ VGGSound's classes are taken to be in the order of CAV-MAE's list, by the same
 authors; see `families.class_order`.
 """
 
-import difflib
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -32,6 +31,7 @@ import numpy as np
 from avjax import trees
 from avjax.errors import InputError
 from avjax.nn.uavm import MODALITIES, SHARED
+from avjax.weights import transfer
 
 PREFIX = "module."
 TOKENS = 30  # of a modality, in every public model
@@ -93,12 +93,7 @@ def to_house(
     else:
       unknown.append(key)
   if unknown:
-    near = difflib.get_close_matches(unknown[0], [*names], n=1, cutoff=0.4)
-    raise InputError(
-      f"{len(unknown)} of {len(bare)} keys are not of a UAVM checkpoint: "
-      f"{', '.join(map(repr, sorted(unknown)[:8]))}"
-      + (f" (nearest to {unknown[0]!r}: {near[0]!r})" if near else "")
-    )
+    raise transfer.foreign_keys(unknown, len(bare), names, "a UAVM")
   _check_shapes(bare)
   return trees.unflatten(params), aside
 
