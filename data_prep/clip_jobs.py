@@ -2,13 +2,16 @@
 
 import contextlib
 import dataclasses
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from absl import flags, logging
 
 from avjax.data import clip_rows
+from avjax.data.datasets import VARIANTS
 from avjax.report import duration
 from data_prep import object_clips
 from data_prep.progress import track
@@ -127,6 +130,32 @@ def _save(jobs: dict[str, Job]) -> None:
 
 
 # ---------------------------------------------------------------- report
+
+
+def define_flags(what: str, *, variant: str) -> None:
+  """The flags that say which clips are read and where rows are written."""
+  flags.DEFINE_string("output", None, f"The folder of the {what}.")
+  flags.DEFINE_string("dataset", None, "A built data set.")
+  flags.DEFINE_list("split", None, "Its split, or several with commas.")
+  flags.DEFINE_string(
+    "data_dir", "", "Where it was built; default $AVJAX_DATA or ~/avjax_data."
+  )
+  flags.DEFINE_enum(
+    "variant", variant, list(VARIANTS), "Frames stored of a clip."
+  )
+  flags.DEFINE_integer("threads", 0, "That read; 0 = one a core.", 0)
+  flags.DEFINE_integer("limit", 0, "First clips only; 0 = all.", 0)
+  flags.DEFINE_bool("retry", False, "Ask again for clips that failed.")
+
+
+def tell(run: Callable[[Any], Sequence[str]]) -> None:
+  """Prints what a command reports of the flags; Ctrl-C may stop it."""
+  logging.set_verbosity(logging.WARNING)
+  try:
+    print("\n".join(run(flags.FLAGS)))
+  except KeyboardInterrupt:
+    print("stopped; the same command goes on from here", file=sys.stderr)
+    sys.exit(130)
 
 
 def table(

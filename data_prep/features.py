@@ -21,17 +21,15 @@ with the reason; --retry asks for it again.
 import contextlib
 import os
 import pathlib
-import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
-from absl import flags, logging
+from absl import flags
 
 from avjax import commands
 from avjax.data import features
-from avjax.data.datasets import VARIANTS
 from avjax.errors import InputError
 from data_prep import clip_jobs, feature_nets
 
@@ -211,25 +209,12 @@ def _work(values: Any, clips: Any, jobs: Mapping[str, Any]) -> Iterator[str]:
 def main(argv: list[str]) -> None:
   """Prints the report."""
   del argv
-  logging.set_verbosity(logging.WARNING)
-  try:
-    print("\n".join(run(flags.FLAGS)))
-  except KeyboardInterrupt:
-    print("stopped; the same command goes on from here", file=sys.stderr)
-    sys.exit(130)
+  clip_jobs.tell(run)
 
 
 def define_flags() -> None:
   """The command's flags."""
-  flags.DEFINE_string("output", None, "The folder of the features.")
-  flags.DEFINE_string("dataset", None, "A built data set.")
-  flags.DEFINE_list("split", None, "Its split, or several with commas.")
-  flags.DEFINE_string(
-    "data_dir", "", "Where it was built; default $AVJAX_DATA or ~/avjax_data."
-  )
-  flags.DEFINE_enum(
-    "variant", "video", list(VARIANTS), "Frames stored of a clip."
-  )
+  clip_jobs.define_flags("features", variant="video")
   flags.DEFINE_string("audio_model", "", "An extractor's run or file, or none.")
   flags.DEFINE_string("video_model", "", "ConvNeXt of images, or none.")
   flags.DEFINE_string("import_audio", "", "A folder of <id>.npy files.")
@@ -243,9 +228,6 @@ def define_flags() -> None:
   )
   flags.DEFINE_integer("audio_batch", 16, "Clips at a time.", 1)
   flags.DEFINE_integer("video_batch", 64, "Pictures at a time.", 1)
-  flags.DEFINE_integer("threads", 0, "That read; 0 = one a core.", 0)
-  flags.DEFINE_integer("limit", 0, "First clips only; 0 = all.", 0)
-  flags.DEFINE_bool("retry", False, "Ask again for clips that failed.")
 
 
 if __name__ == "__main__":

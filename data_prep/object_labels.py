@@ -25,16 +25,14 @@ import importlib.resources
 import json
 import os
 import pathlib
-import sys
 import time
 from typing import Any
 
 import numpy as np
-from absl import flags, logging
+from absl import flags
 
 from avjax import commands
 from avjax.data import object_scores
-from avjax.data.datasets import VARIANTS
 from avjax.errors import InputError
 from data_prep import (
   clip_jobs,
@@ -239,25 +237,12 @@ def run(values: Any) -> list[str]:
 def main(argv: list[str]) -> None:
   """Prints the report."""
   del argv
-  logging.set_verbosity(logging.WARNING)
-  try:
-    print("\n".join(run(flags.FLAGS)))
-  except KeyboardInterrupt:
-    print("stopped; the same command goes on from here", file=sys.stderr)
-    sys.exit(130)
+  clip_jobs.tell(run)
 
 
 def define_flags() -> None:
   """The command's flags."""
-  flags.DEFINE_string("output", None, "The folder of the scores.")
-  flags.DEFINE_string("dataset", None, "A built data set.")
-  flags.DEFINE_list("split", None, "Its split, or several with commas.")
-  flags.DEFINE_string(
-    "data_dir", "", "Where it was built; default $AVJAX_DATA or ~/avjax_data."
-  )
-  flags.DEFINE_enum(
-    "variant", "frames10", list(VARIANTS), "Frames stored of a clip."
-  )
+  clip_jobs.define_flags("scores", variant="frames10")
   flags.DEFINE_string("media", None, "A folder of media files, or one file.")
   flags.DEFINE_string("labels", "", "A list of names; default Open Images V7.")
   flags.DEFINE_string("audio_model", "", "CLAP's folder, msclap or none.")
@@ -268,9 +253,6 @@ def define_flags() -> None:
   flags.DEFINE_integer("audio_batch", 32, "Windows of sound at a time.", 1)
   flags.DEFINE_integer("video_batch", 32, "Pictures at a time.", 1)
   flags.DEFINE_enum("device", "auto", ["auto", "cpu", "cuda"], "Of PyTorch.")
-  flags.DEFINE_integer("threads", 0, "That read; 0 = one a core.", 0)
-  flags.DEFINE_integer("limit", 0, "First clips only; 0 = all.", 0)
-  flags.DEFINE_bool("retry", False, "Ask again for clips that failed.")
 
 
 if __name__ == "__main__":
