@@ -11,7 +11,7 @@ import pytest
 from avjax import config as config_lib
 from avjax import flops, losses, methods, optim, trees
 from avjax.errors import InputError
-from avjax.methods import avsiam, avsiam_finetune, cavmae_finetune
+from avjax.methods import avsiam, avsiam_finetune, supervised
 from avjax.nn.cav_encoder import MODALITIES
 from tests import avsiam_golden as public
 from tests import cavmae_golden as made
@@ -109,7 +109,7 @@ def test_losses_equal_the_public_code(multilabel, name):
   labels = public.inputs()["label"]
   for mode, wanted in zip(("av", "a", "v"), public.file()[name], strict=True):
     logits = jnp.asarray(public.file()[PUBLIC[mode]])
-    ours = cavmae_finetune.cross_entropy(kind, logits, labels).mean()
+    ours = supervised.cross_entropy(kind, logits, labels).mean()
     np.testing.assert_allclose(ours, wanted, **public.LOSS)
 
 

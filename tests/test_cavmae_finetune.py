@@ -9,7 +9,7 @@ import pytest
 
 from avjax import losses, trees
 from avjax.errors import InputError
-from avjax.methods import cavmae_finetune
+from avjax.methods import supervised
 from tests import cavmae_golden as made
 
 KEY, STEP = jax.random.key(0), jnp.int32(0)
@@ -61,7 +61,7 @@ def test_features_equal_the_public_code():
 )
 def test_losses_equal_the_public_code(options, name):
   method = made.finetuning(label_smoothing=0.0, **options)
-  values = cavmae_finetune.cross_entropy(
+  values = supervised.cross_entropy(
     method.criterion, outputs()[0]["av"]["label"], made.inputs()["label"]
   )
   close(losses.weighted_mean(values), name)
@@ -172,10 +172,12 @@ def test_an_example_that_lacks_a_modality_is_answered_by_the_other():
 
 def test_mixed_labels_take_the_weight_of_what_is_trained():
   inputs = {"mix/audio": jnp.array([0.4]), "mix/video": jnp.array([0.8])}
-  for modality, weight in (("av", 0.6), ("a", 0.4), ("v", 0.8)):
-    mixed = small(modality=modality).mixed(inputs)
+  for names, weight in (
+    (("audio", "video"), 0.6), (("audio",), 0.4), (("video",), 0.8),
+  ):  # fmt: skip
+    mixed = supervised.mixed(inputs, names)
     np.testing.assert_allclose(mixed, [weight], rtol=1e-6)
-  assert small().mixed({}) is None
+  assert supervised.mixed({}, ("audio",)) is None
 
 
 def test_several_heads_and_refusals():

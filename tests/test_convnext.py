@@ -13,7 +13,7 @@ from avjax import convert, initialise, losses, methods, optim, trees
 from avjax.data import augment, pipeline
 from avjax.errors import InputError
 from avjax.methods import convnext as method_lib
-from avjax.methods.cavmae_finetune import classify
+from avjax.methods.supervised import classify
 from avjax.nn import convnext
 from avjax.weights import convnext as names
 from avjax.weights import families, formats

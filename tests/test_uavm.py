@@ -11,7 +11,7 @@ import pytest
 from avjax import config as config_lib
 from avjax import flops, losses, methods, optim, trees
 from avjax.errors import InputError
-from avjax.methods import cavmae_finetune, uavm_config
+from avjax.methods import supervised, uavm_config
 from avjax.methods.uavm import MODES, default_model
 from avjax.weights import families, formats, uavm
 from tests import uavm_golden as made
@@ -114,7 +114,7 @@ def test_values_equal_the_public_code(name):
     end = "" if method.together else f"_{mode}"
     close(x, f"logits{end}")
     for kind, key in (("ce", "ce_soft"), ("bce", "bce")):
-      values = cavmae_finetune.cross_entropy(kind, jnp.float32(x), label)
+      values = supervised.cross_entropy(kind, jnp.float32(x), label)
       close(values.mean(), f"{key}{end}", made.LOSS)
   for m, layers in found["layers"].items():
     told = [k for k in made.file() if k.startswith(f"{name}/feat_{m[0]}_")]

@@ -29,19 +29,12 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 from ml_collections import ConfigDict
 
-from avjax import losses
 from avjax.config import with_overrides
 from avjax.errors import InputError, lookup
 from avjax.methods import avsiam_config
 from avjax.methods.avsiam_base import SiamMethod
 from avjax.methods.base import Inputs, Loaded, Params
-from avjax.methods.cavmae_base import present
-from avjax.methods.cavmae_finetune import (
-  chosen,
-  classify,
-  criterion,
-  cross_entropy,
-)
+from avjax.methods.supervised import chosen, classify, criterion, objective
 from avjax.nn import heads
 from avjax.nn.cav_encoder import INPUTS, MODALITIES, Tokens
 from avjax.nn.siam_autoencoder import MULTIMODAL
@@ -196,16 +189,8 @@ class AVSiamFinetune(SiamMethod):
     mixed with the mean weight of the mode's modalities.
     """
     logits = self.logits(params, inputs, mode)
-    names = MODALITIES[mode]
-    told = [inputs[f"mix/{m}"] for m in names if f"mix/{m}" in inputs]
-    weight = sum(told) / len(told) if told else None
-    counted, found = present(inputs, names), {}
-    for head, x in heads.split(logits, self.classes).items():
-      labels = inputs["label" if head == "label" else f"label/{head}"]
-      labels = losses.assign_labels(labels, self.model.label_smoothing, weight)
-      values = cross_entropy(self.criterion, x, labels)
-      found[f"loss_{head}"] = losses.weighted_mean(values, counted)
-    return sum(found.values()) / len(found), (found, logits)
+    loss, found = objective(self, logits, inputs, MODALITIES[mode])
+    return loss, (found, logits)
 
   # --- Training ---
 

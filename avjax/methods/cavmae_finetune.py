@@ -22,12 +22,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from avjax import losses
 from avjax.errors import InputError, lookup
 from avjax.methods.base import Inputs, Params
-from avjax.methods.cavmae_base import CAVMethod, present
+from avjax.methods.cavmae_base import CAVMethod
 from avjax.methods.cavmae_config import finetune_model as default_model
-from avjax.nn import cav_encoder, heads
+from avjax.methods.supervised import chosen, classify, criterion, objective
+from avjax.nn import heads
 from avjax.nn.cav_encoder import ALONE, INPUTS, MODALITIES, TOGETHER, Pass
 from avjax.optim import FROZEN
 
@@ -94,22 +94,8 @@ class CAVMAEFinetune(CAVMethod):
     if self.model.freeze_base:
       pooled = jax.lax.stop_gradient(pooled)
     logits = classify(params["classifier"], pooled)
-    weight = self.mixed(inputs)
-    counted = present(inputs, MODALITIES[self.modality])
-    metrics = {}
-    for head, x in heads.split(logits, self.classes).items():
-      labels = inputs["label" if head == "label" else f"label/{head}"]
-      labels = losses.assign_labels(labels, self.model.label_smoothing, weight)
-      values = cross_entropy(self.criterion, x, labels)
-      metrics[f"loss_{head}"] = losses.weighted_mean(values, counted)
-    aux = {"metrics": metrics, "intermediates": {"logits": logits}}
-    return sum(metrics.values()) / len(metrics), aux
-
-  def mixed(self, inputs: Inputs) -> Float[Array, "b"] | None:
-    """The mixup weight of the labels: the mean over what is trained."""
-    names = [f"mix/{m}" for m in MODALITIES[self.modality]]
-    told = [inputs[name] for name in names if name in inputs]
-    return sum(told) / len(told) if told else None
+    loss, metrics = objective(self, logits, inputs, MODALITIES[self.modality])
+    return loss, {"metrics": metrics, "intermediates": {"logits": logits}}
 
   def predict(
     self, params: Params, inputs: Inputs, *, mode: str = "av"
@@ -152,44 +138,3 @@ class CAVMAEFinetune(CAVMethod):
     if path.startswith("classifier/"):
       return "head"
     return FROZEN if self.model.freeze_base else super().group(path)
-
-
-# --- Shared with AVSiam's fine-tuning ----------------------------------------
-
-
-def chosen(inputs: Inputs, names: tuple[str, ...]) -> Inputs:
-  """The inputs of the named modalities.
-
-  Raises:
-    InputError: one of them is not there.
-  """
-  for m in names:
-    if INPUTS[m] not in inputs:
-      raise InputError(f"the inputs have no {INPUTS[m]!r} for the {m}")
-  return {INPUTS[m]: inputs[INPUTS[m]] for m in names}
-
-
-def classify(
-  classifier: Params, pooled: Float[Array, "b d"], eps: float = cav_encoder.EPS
-) -> Float[Array, "b k"]:
-  """Logits of all heads, in float32: LayerNorm, then a linear layer."""
-  norm = classifier["norm"]
-  scale, bias = (jnp.float32(norm[name]) for name in ("scale", "bias"))
-  x = pooled - pooled.mean(-1, keepdims=True)
-  x = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + eps)
-  return heads.project(classifier["out"], x * scale + bias)
-
-
-def criterion(config: Any) -> str:
-  """bce or ce: what `model.loss` says, or goes with the data set's labels."""
-  kinds = {"auto": "bce" if config.data.multilabel else "ce"}
-  return kinds.get(config.model.loss, config.model.loss)
-
-
-def cross_entropy(
-  kind: str, logits: Float[Array, "b k"], labels: Float[Array, "b k"]
-) -> Float[Array, "b"]:
-  """Per example: mean of binary cross-entropies (bce), or cross-entropy."""
-  if kind == "bce":
-    return losses.sigmoid_cross_entropy(logits, labels, mean=True)
-  return losses.softmax_cross_entropy(logits, labels)

@@ -19,18 +19,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
-from avjax import losses
 from avjax.config import with_overrides
 from avjax.errors import InputError, lookup
 from avjax.methods.base import Inputs, Loaded, Method, ParamInfo, Params
-from avjax.methods.cavmae_base import present
 from avjax.methods.cavmae_config import LOSSES
-from avjax.methods.cavmae_finetune import (
-  chosen,
-  classify,
-  criterion,
-  cross_entropy,
-)
+from avjax.methods.supervised import chosen, classify, criterion, objective
 from avjax.nn import convnext, heads, masking
 from avjax.nn.cav_encoder import INPUTS
 from avjax.nn.transformer import drop_path, stack_layers
@@ -136,18 +129,8 @@ class ConvNeXtClassifier(Method):
     del step
     pooled = self.pooled(params, inputs, self.draw_keep(inputs, rng))
     logits = self.logits(params, pooled)
-    counted = present(inputs, (self.m,))
-    metrics = {}
-    for head, x in heads.split(logits, self.classes).items():
-      labels = losses.assign_labels(
-        inputs["label" if head == "label" else f"label/{head}"],
-        self.model.label_smoothing,
-        inputs.get(f"mix/{self.m}"),
-      )
-      values = cross_entropy(self.criterion, x, labels)
-      metrics[f"loss_{head}"] = losses.weighted_mean(values, counted)
-    aux = {"metrics": metrics, "intermediates": {"logits": logits}}
-    return sum(metrics.values()) / len(metrics), aux
+    loss, metrics = objective(self, logits, inputs, (self.m,))
+    return loss, {"metrics": metrics, "intermediates": {"logits": logits}}
 
   def draw_keep(
     self, inputs: Inputs, rng: jax.Array

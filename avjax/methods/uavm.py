@@ -19,13 +19,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from avjax import losses
 from avjax.errors import InputError, lookup
 from avjax.methods.avsiam_base import check_blocks
 from avjax.methods.avsiam_finetune import one_of
 from avjax.methods.base import Inputs, Loaded, Method, ParamInfo, Params
-from avjax.methods.cavmae_base import present
-from avjax.methods.cavmae_finetune import criterion, cross_entropy
+from avjax.methods.supervised import criterion, objective
 from avjax.methods.uavm_config import check, default_model
 from avjax.nn import heads
 from avjax.nn.uavm import (
@@ -151,15 +149,8 @@ class UAVM(Method):
     """
     names = MODES[mode]
     ((_, logits),) = self.run(params, inputs, names)[0].items()
-    told = [inputs[f"mix/{m}"] for m in names if f"mix/{m}" in inputs]
-    weight = sum(told) / len(told) if told else None
-    counted, found = present(inputs, names), {}
-    for head, x in heads.split(logits, self.classes).items():
-      labels = inputs["label" if head == "label" else f"label/{head}"]
-      labels = losses.assign_labels(labels, self.model.label_smoothing, weight)
-      values = cross_entropy(self.criterion, x, labels)
-      found[f"loss_{head}"] = losses.weighted_mean(values, counted)
-    return sum(found.values()) / len(found), (found, logits)
+    loss, found = objective(self, logits, inputs, names)
+    return loss, (found, logits)
 
   # --- Inference (algorithm 1) ---
 
