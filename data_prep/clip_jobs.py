@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -12,6 +13,7 @@ from absl import flags, logging
 
 from avjax.data import clip_rows
 from avjax.data.datasets import VARIANTS
+from avjax.errors import InputError
 from avjax.report import duration
 from data_prep import object_clips
 from data_prep.progress import track
@@ -130,6 +132,47 @@ def _save(jobs: dict[str, Job]) -> None:
 
 
 # ---------------------------------------------------------------- report
+
+
+def models(values: Any, modalities: Sequence[str]) -> dict[str, str]:
+  """The models that the flags name, by modality, those that are none left out.
+
+  Raises:
+    InputError: a flag is not set, or all are none.
+  """
+  names = {m: getattr(values, f"{m}_model") for m in modalities}
+  wanted = {m: name for m, name in names.items() if name != "none"}
+  unset = [m for m, name in wanted.items() if not name]
+  if unset or not wanted:
+    which = " and ".join(f"--{m}_model" for m in unset or names)
+    raise InputError(f"name {which}; one of the two may be none")
+  return wanted
+
+
+def carry_out(
+  values: Any,
+  source: object_clips.Source,
+  jobs: dict[str, Job],
+  words: str,
+  **report: Any,
+) -> list[str]:
+  """Does the jobs as the flags say; `table`, given `report`.
+
+  Raises:
+    InputError: no clip has rows in the end; the table is printed before.
+  """
+  for job in jobs.values():
+    job.before = len(source.ids) - len(job.writer.missing())
+  began = time.monotonic()
+  threads = values.threads or os.cpu_count() or 1
+  work(source, jobs, words, threads=threads)
+  spent = time.monotonic() - began
+  lines = list(table(jobs, source.ids, spent, **report))
+  if not any(job.writer.done().any() for job in jobs.values()):
+    print("\n".join(lines))
+    kind = next(iter(jobs.values())).writer.WORDS
+    raise InputError(f"none of {len(source.ids)} clips has {kind}")
+  return lines
 
 
 def define_flags(what: str, *, variant: str) -> None:

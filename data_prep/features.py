@@ -21,7 +21,6 @@ with the reason; --retry asks for it again.
 import contextlib
 import os
 import pathlib
-import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -134,12 +133,7 @@ def _import(values: Any, folders: Mapping[str, str]) -> Iterator[str]:
 
 
 def _extract(values: Any, _: Any) -> Iterator[str]:
-  names = {m: getattr(values, f"{m}_model") for m in features.MODALITIES}
-  wanted = [m for m, name in names.items() if name != "none"]
-  unset = [m for m in wanted if not names[m]]
-  if unset or not wanted:
-    which = " and ".join(f"--{m}_model" for m in unset or names)
-    raise InputError(f"name {which}; one of the two may be none")
+  names = clip_jobs.models(values, features.MODALITIES)
   if not values.split:
     raise InputError(f"--dataset={values.dataset} needs --split")
   clips = feature_nets.Clips(
@@ -156,7 +150,7 @@ def _extract(values: Any, _: Any) -> Iterator[str]:
   }
   with contextlib.ExitStack() as stack:
     jobs = {}
-    for modality in wanted:
+    for modality in names:
       make, batch, size = makers[modality]
       net = make(names[modality], batch)
       net.check(clips)
@@ -191,19 +185,12 @@ def _writer(
   return writer
 
 
-def _work(values: Any, clips: Any, jobs: Mapping[str, Any]) -> Iterator[str]:
-  """Does the jobs and tells what became of the clips."""
-  for job in jobs.values():
-    job.before = len(clips.ids) - len(job.writer.missing())
-  began = time.monotonic()
-  threads = values.threads or os.cpu_count() or 1
-  clip_jobs.work(clips, dict(jobs), "features", threads=threads)
-  spent = time.monotonic() - began
-  lines = list(clip_jobs.table(dict(jobs), clips.ids, spent, done="stored"))
-  if not any(job.writer.done().any() for job in jobs.values()):
-    print("\n".join(lines))
-    raise InputError(f"none of {len(clips.ids)} clips has features")
-  yield from lines
+def _work(
+  values: Any, clips: Any, jobs: Mapping[str, clip_jobs.Job]
+) -> list[str]:
+  return clip_jobs.carry_out(
+    values, clips, dict(jobs), "features", done="stored"
+  )
 
 
 def main(argv: list[str]) -> None:

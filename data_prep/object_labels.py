@@ -23,9 +23,7 @@ that cannot be read is noted with the reason; --retry asks for it again.
 import contextlib
 import importlib.resources
 import json
-import os
 import pathlib
-import time
 from typing import Any
 
 import numpy as np
@@ -209,28 +207,13 @@ def run(values: Any) -> list[str]:
   Raises:
     InputError: what a flag names cannot be used, or no clip has scores.
   """
-  names = {m: getattr(values, f"{m}_model") for m in MAKE}
-  wanted = [m for m, name in names.items() if name != "none"]
-  unset = [m for m in wanted if not names[m]]
-  if unset or not wanted:
-    which = " and ".join(f"--{m}_model" for m in unset or names)
-    raise InputError(f"name {which}; one of the two may be none")
+  wanted = clip_jobs.models(values, tuple(MAKE))
   labels, source = read_labels(values.labels), make_source(values)
   with contextlib.ExitStack() as stack:
     jobs = {m: MAKE[m](values, labels, source, stack) for m in wanted}
-    for job in jobs.values():
-      job.before = len(source.ids) - len(job.writer.missing())
-    began = time.monotonic()
-    threads = values.threads or os.cpu_count() or 1
-    clip_jobs.work(source, jobs, "object scores", threads=threads)
-    spent = time.monotonic() - began
-    lines = list(
-      clip_jobs.table(jobs, source.ids, spent, done="scored", more=label_counts)
+    lines = clip_jobs.carry_out(
+      values, source, jobs, "object scores", done="scored", more=label_counts
     )
-    empty = [m for m, j in jobs.items() if not j.writer.scored().any()]
-  if len(empty) == len(jobs):
-    print("\n".join(lines))
-    raise InputError(f"none of {len(source.ids)} clips has scores")
   return [*lines, str(pathlib.Path(values.output).expanduser())]
 
 
