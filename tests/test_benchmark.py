@@ -54,7 +54,7 @@ def test_noise_stands_in_for_object_scores(tmp_path):
   found = object_scores.read(synthetic.scores(tmp_path, clips=3))
   assert set(found) == {"audio", "video"}
   for scores in found.values():
-    assert scores.values.shape == (3, 601) and scores.scored().all()
+    assert scores.values.shape == (3, 601) and scores.done().all()
     assert scores.clips[2] == synthetic.clip_id(2)
 
 

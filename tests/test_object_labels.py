@@ -397,8 +397,8 @@ def test_a_folder_of_media_is_scored(arguments, models, files, tmp_path):
   seen = Scores(tmp_path / "scores", "video")
   ids = ["-a.mp4", "blind.mp4", "broken.mp4", "in/silent.mp4"]
   assert heard.clips == seen.clips == ids and heard.labels == LABELS
-  assert heard.scored().tolist() == [True, True, False, False]
-  assert seen.scored().tolist() == [True, False, False, True]
+  assert heard.done().tolist() == [True, True, False, False]
+  assert seen.done().tolist() == [True, False, False, True]
   assert heard.failed["in/silent.mp4"] == "no sound"
   assert seen.failed["blind.mp4"] == "no pictures"
   assert "corrupt" in seen.failed["broken.mp4"]
@@ -449,19 +449,19 @@ def test_a_run_that_was_stopped_goes_on(
   again = first | {"output": str(tmp_path / "two"), "audio_batch": 1}
   with pytest.raises(KeyboardInterrupt):
     object_labels.run(arguments(**again))
-  partly = Scores(tmp_path / "two", "video").scored().sum()
+  partly = Scores(tmp_path / "two", "video").done().sum()
   assert partly == counted.clips == 3 and total == 4
   counted.stop_after = None
   object_labels.run(arguments(**again))
   assert counted.clips == total  # none was computed twice
   for modality in ("audio", "video"):
     one, two = (Scores(tmp_path / k, modality) for k in ("one", "two"))
-    assert one.clips == two.clips and one.scored().all()
+    assert one.clips == two.clips and one.done().all()
     np.testing.assert_allclose(one.values, two.values, atol=1e-3)
   # More clips; then nothing to do.
   lines = object_labels.run(arguments(**again | {"split": ["test", "train"]}))
   found = Scores(tmp_path / "two", "video")
-  assert len(found.clips) == 8 and found.scored().all()
+  assert len(found.clips) == 8 and found.done().all()
   assert counted.clips == len(found.clips)
   np.testing.assert_array_equal(found.values[:total], two.values)
   assert any(line.split() == ["done", "before", "4", "4"] for line in lines)

@@ -41,7 +41,7 @@ def test_scores_are_read_as_they_were_written(stored):
   assert found.values.dtype == np.float16 and found.values.shape == (4, 3)
   np.testing.assert_array_equal(found.values[:2], rows(2)[::-1])
   assert np.isnan(found.values[2:]).all()
-  assert found.scored().tolist() == [True, True, False, False]
+  assert found.done().tolist() == [True, True, False, False]
   assert found.rows(["d", "x", "-a"]).tolist() == [3, -1, 0]
   again = pickle.loads(pickle.dumps(found))
   np.testing.assert_array_equal(again.values, found.values)
@@ -96,7 +96,7 @@ def test_growth_that_was_cut_short_does_no_harm(stored):
     same.write(["d"], rows(1))
   with writer(stored, ["y"]) as more:
     assert more.clips == ["-a", "b", "c", "d", "y"] and more.missing() == ["y"]
-  assert Scores(stored, "audio").scored().sum() == 3
+  assert Scores(stored, "audio").done().sum() == 3
 
 
 @pytest.mark.parametrize(
@@ -120,7 +120,7 @@ def test_other_labels_or_another_source_are_refused(stored, change, words):
 def test_a_later_version_of_the_library_may_go_on(stored):
   with writer(stored, ["new"], source={**SOURCE, "library": "yolo 9"}) as more:
     assert more.missing() == ["new"]
-  assert Scores(stored, "audio").scored().sum() == 2
+  assert Scores(stored, "audio").done().sum() == 2
 
 
 def _cut(folder):
@@ -201,9 +201,9 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
 
 
 def test_rows_are_looked_at_in_blocks(monkeypatch, stored):
-  whole = Scores(stored, "audio").scored()
+  whole = Scores(stored, "audio").done()
   monkeypatch.setattr(object_scores, "BLOCK", 1)
-  np.testing.assert_array_equal(Scores(stored, "audio").scored(), whole)
+  np.testing.assert_array_equal(Scores(stored, "audio").done(), whole)
 
 
 def test_a_column_gives_the_scores_of_a_splits_clips(stored, caplog):

@@ -61,8 +61,6 @@ class Scores(clip_rows.Rows):
     """Clips that have scores."""
     return scored_rows(self.values)
 
-  scored = done
-
 
 class Column(clip_rows.Column):
   """The scores of the clips of a split, by the clip's number.
