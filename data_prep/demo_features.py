@@ -28,7 +28,7 @@ def ensure(
   """Trains the extractors and stores what they make, unless that is there.
 
   Args:
-    data: `config.data` with `dir` set.
+    data: `config.data`.
     folder: that holds the data set.
     steps: of each extractor's training; None = as its config says.
 
@@ -42,7 +42,8 @@ def ensure(
       if (models[m] / "done.json").exists():
         continue
       logging.info("av_demo: training the extractor of %s", m)
-      train.train_and_evaluate(extractor(argument, data, steps), models[m])
+      config = extractor(argument, data, folder, steps)
+      train.train_and_evaluate(config, models[m])
     values = types.SimpleNamespace(
       output=str(out), dataset="av_demo", split=list(SPLITS),
       data_dir=str(folder), variant=data.variant, tokens=data.feature_frames,
@@ -57,10 +58,12 @@ def ensure(
   return out
 
 
-def extractor(argument: str, data: Any, steps: int | None) -> Any:
+def extractor(
+  argument: str, data: Any, folder: pathlib.Path, steps: int | None
+) -> Any:
   """The config of an extractor's training on this data set."""
   config = uavm_extractor_vgg.get_config(argument)
-  config.data.dir = data.dir
+  config.data.dir = str(folder)
   config.data.demo.update(data.demo)
   if steps:
     config.total_steps, config.total_epochs = steps, 0.0

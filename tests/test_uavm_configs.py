@@ -75,7 +75,6 @@ def test_the_rate_is_halved_after_every_epoch(name, first, multilabel):
 
 def test_features_of_av_demo_are_made_once(demo_data, monkeypatch):
   config = uavm_vgg.get_config("demo")
-  config.data.dir = demo_data
   config.data.demo.update(runs.DEMO)
   folder = demo_features.ensure(config.data, pathlib.Path(demo_data), steps=1)
   for m in ("audio", "video"):
