@@ -34,7 +34,7 @@ setup(
   # `configs` and `data_prep` are packages of the checkout: their names are too
   # common for site-packages, so the install is an editable one.
   packages=find_packages(include=["avjax", "avjax.*"]),
-  package_data={"avjax": ["data/classes/*.json"]},
+  package_data={"avjax": ["data/classes/*.json", "data/vocabulary/*.txt"]},
   install_requires=[
     "jax>=0.10,<0.13",
     "flax>=0.12,<0.13",

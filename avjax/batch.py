@@ -30,6 +30,8 @@ class Key:
 
 # Host -> device. An evaluation batch with several temporal views has a `v`
 # dimension after `b` in `frames` and `waveform`; evaluators fold it into `b`.
+# One with several captions has a `c` dimension after `b` in `text` and
+# `text_mask`; a text whose mask is all false is none.
 BATCH = {
   "frames": Key("b t h w 3", "uint8", "RGB, 0..255"),
   "waveform": Key("b s", "int16", "mono PCM at data.audio.rate"),
@@ -64,6 +66,9 @@ INPUTS = {
   "mix/video": Key("b", "float32", "mixup weight of the example itself"),
 }
 
+# Keys that may have one dimension more, after `b`.
+WIDENED = ("frames", "waveform", "text", "text_mask")
+
 # Stays on the host: a list of str, beside the arrays, for reports.
 HOST_ONLY = ("id",)
 
@@ -86,7 +91,7 @@ def check(batch: Mapping[str, Any], keys: Mapping[str, Key] = BATCH) -> None:
       raise unknown("batch key", name, keys)
     spec = keys[name]
     rank = len(spec.shape.split())
-    ranks = {rank, rank + 1} if name in ("frames", "waveform") else {rank}
+    ranks = {rank, rank + 1} if name in WIDENED else {rank}
     if value.ndim not in ranks:
       raise InputError(
         f"batch[{name!r}] has shape {value.shape}; expected [{spec.shape}]"

@@ -222,6 +222,14 @@ AUGMENT = {
 }
 
 
+# What batches hold of captions: `config.data.text`.
+TEXT = {
+  "vocabulary": "",  # av_demo, a vocab.txt or a tokenizer.json; '' = no text
+  "length": 32,  # tokens, [CLS] and [SEP] among them; longer texts are cut
+  "source": "captions",  # `labels`: names of the classes, joined by ", "
+  "lower": True,  # lower case without accents; of a vocab.txt alone
+}
+
 # The built-in data set: `config.data.demo`.
 DEMO = {
   "clips_per_class": 40,
@@ -280,6 +288,10 @@ def data_section() -> ConfigDict:
       "features": "",
       "feature_frames": 30,  # tokens of a clip, with zeros if it has fewer
       "feature_width": 1024,
+      # Captions as token ids, see avjax.data.text: `text` and `text_mask`.
+      "text": TEXT,
+      # File of ids that never enter training, see avjax.data.id_list.
+      "exclude": "",
       # One's own media files (avjax.load, avjax.embed): what one may make the
       # decoder do (avjax.data.media.Limits), and what becomes of its channels.
       "files": {
@@ -316,7 +328,8 @@ def eval_section(kind: str, **options: Any) -> ConfigDict:
   Args:
     kind: name in `avjax.evaluators.EVALUATORS`.
     **options: `split`, `every_epochs` (0 = only at the end), `batch_size`
-      (0 = the training one), `views`, and what the evaluator adds.
+      (0 = the training one), `views`, `captions` (texts of each clip to read,
+      0 = none), and what the evaluator adds.
   """
   section = ConfigDict(
     {
@@ -326,6 +339,7 @@ def eval_section(kind: str, **options: Any) -> ConfigDict:
       "batch_size": 0,
       "views": 1,
       "limit": 0,
+      "captions": 0,
       **EVAL_OPTIONS.get(kind, {}),
     }
   )
