@@ -104,14 +104,18 @@ def shrink(config: ConfigDict) -> ConfigDict:
   config.batch_size = 24
   config.log_every = 10
   config.data.update(name="av_demo", split="train")
-  config.data.video.update(resize=64, size=64)
-  # Ours: what 400 steps from random weights learn most with.
+  config.data.video.update(resize=112, size=112)
+  # Ours: what 400 steps of sound, 1,200 of pictures from random weights learn
+  # most with.
   config.model.drop_path = config.data.augment.mixup = 0.0
   if config.data.modality == "a":
     # Clips of 3 s: 298 frames of log-mel.
     config.data.audio.seconds, config.data.fbank.frames = 3.0, 288
     config.data.augment.update(freq_size=24, time_size=48)
   config.schedule.update(base_lr=2e-3, warmup_steps=0, step_epochs=(6, 8))
+  if config.data.modality == "v":
+    config.total_epochs *= 3
+    config.schedule.step_epochs = (20, 26)
   config.checkpoint.every_epochs = config.total_epochs / 2
   for section in config.evals.values():
     section.update(split="test", every_epochs=config.total_epochs / 2)
