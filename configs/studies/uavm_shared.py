@@ -10,6 +10,7 @@ from avjax.sweep import Row, Study
 from configs.studies import uavm_demo, uavm_width
 
 WIDTHS = (1024, 128)
+LAYERS = (1, 3, 6)
 ATTENTION = {"layers/last/attention": "difference of the last attention maps"}
 
 
@@ -20,7 +21,7 @@ def get_study() -> Study:
   rows += [
     row(shared, width, curve)
     for width, curve in curves.items()
-    for shared in range(1, 7)
+    for shared in LAYERS
   ]
   base = uavm_width.get_study()
   return Study(

@@ -11,7 +11,7 @@ often a sound finds its picture there, tell whether the two lie in one space.
 from avjax.sweep import Row, Study
 from configs.studies import uavm_demo
 
-WIDTHS = (32, 64, 128, 256, 512, 1024)  # of 1024; the demo has an eighth
+WIDTHS = (32, 128, 256, 1024)  # of 1024; the demo has an eighth
 CURVES = {
   "unified": "unified",
   "stacked": "independent",
