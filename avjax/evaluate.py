@@ -61,6 +61,7 @@ def batches(
     batch_size=size,
     views=section.views,
     limit=section.limit,
+    captions=section.get("captions", 0),
     process_index=jax.process_index(),
     process_count=jax.process_count(),
   )

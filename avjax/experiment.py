@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from avjax import methods, optim, parallel
-from avjax.data import augment, pipeline
+from avjax.data import augment, pipeline, text
 from avjax.errors import InputError
 from avjax.methods.base import Method
 from avjax.nn import transformer
@@ -108,6 +108,7 @@ def build(
   method = methods.make(config)
   check_batch(config, batch_size, mesh, method.batch_multiple)
   if not steps_per_epoch:
+    text.check(config)
     steps_per_epoch = pipeline.steps_per_epoch(config.data, batch_size)
   total_steps = number_of_steps(config, steps_per_epoch)
   batch_shapes = shapes_of_batch(config, batch_size, mesh)
@@ -326,6 +327,9 @@ def synthetic_batch(
     elif key == "samples":
       length = experiment.batch_shapes["waveform"].shape[-1]
       value = np.full(leaf.shape, length, leaf.dtype)
+    elif key == "text":
+      top = experiment.config.model.get("vocabulary", 2)
+      value = rng.integers(1, top, leaf.shape, leaf.dtype)
     elif np.issubdtype(leaf.dtype, np.integer):
       low, high = (0, 256) if leaf.dtype == np.uint8 else (-3_000, 3_000)
       value = rng.integers(low, high, leaf.shape).astype(leaf.dtype)

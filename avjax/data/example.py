@@ -27,6 +27,7 @@ class Clip:
     frame_rate: of `frames`.
     waveform: int16 [s]; empty = no sound.
     labels: class numbers by head; a negative one means none.
+    captions: texts.
   """
 
   id: str
@@ -34,12 +35,17 @@ class Clip:
   frame_rate: float
   waveform: Any
   labels: Mapping[str, Sequence[int]] = dataclasses.field(default_factory=dict)
+  captions: Sequence[str] = ()
 
 
 def from_record(
-  record: records.Record, modality: str, heads: Sequence[str]
+  record: records.Record,
+  modality: str,
+  heads: Sequence[str],
+  captions: bool = False,
 ) -> Clip:
-  """Takes the tracks of `modality` (a, v, av) and the labels of `heads`."""
+  """Takes the tracks of `modality` (a, v, av), labels of `heads`, captions."""
+  texts = record.blobs("captions") if captions else []
   blobs = record.blobs("waveform") if "a" in modality else []
   return Clip(
     id=record.text("id"),
@@ -47,6 +53,7 @@ def from_record(
     frame_rate=float(record.floats("frame_rate")[0]),
     waveform=np.frombuffer(blobs[0] if blobs else b"", np.int16),
     labels={head: record.integers(head) for head in heads},
+    captions=[str(blob, "utf-8") for blob in texts],
   )
 
 
@@ -97,7 +104,12 @@ def num_segments(data: Any) -> int:
 
 
 def shapes(
-  data: Any, batch_size: int, views: int = 1, *, train: bool = True
+  data: Any,
+  batch_size: int,
+  views: int = 1,
+  *,
+  train: bool = True,
+  captions: int = 0,
 ) -> dict[str, tuple[tuple[int, ...], Any]]:
   """Shape and dtype of every array of a batch; nothing needs to be built.
 
@@ -105,10 +117,12 @@ def shapes(
     data: `config.data`; the folder of `object_scores` has to be there.
     batch_size: b.
     views: windows of a clip.
-    train: with what only a training batch holds: object scores.
+    train: with what only a training batch holds: object scores and, where
+      `data.text.vocabulary` is set, one text of each clip, [b l].
+    captions: c of `text` [b c l] in evaluation; 0 = no text.
 
   Raises:
-    InputError: several views of stored features.
+    InputError: several views of stored features, or c is negative.
   """
   b = (batch_size,)
   found = (_feature_shapes if data["features"] else _media_shapes)(
@@ -122,6 +136,11 @@ def shapes(
     for modality, scores in object_scores.read(data["object_scores"]).items():
       size = (batch_size, len(scores.labels))
       found[f"objects/{modality}"] = (size, np.float16)
+  if captions < 0:
+    raise InputError(f"captions={captions} of an evaluation is negative")
+  if captions or (train and data["text"]["vocabulary"]):
+    size = (*b, *(() if train else (captions,)), data["text"]["length"])
+    found |= {"text": (size, np.int32), "text_mask": (size, np.bool_)}
   for key in ("has_audio", "has_video", "valid"):
     found[key] = (b, np.bool_)
   found["index"] = (b, np.uint32)

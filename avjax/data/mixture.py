@@ -63,13 +63,15 @@ class Mixture:
       )
     place = {"variant": data["variant"], "dir": data["dir"]}
     self.splits = [
-      records.Split({**place, "name": name}, split) for name, split, _ in parts
+      records.Split({**place, "name": name}, split, exclude=data["exclude"])
+      for name, split, _ in parts
     ]
     self.weights = [weight for _, _, weight in parts]
     self.ends = np.cumsum([len(split) for split in self.splits])
     self.folder = self.splits[0].folder
     self.metadata = self.splits[0].metadata
-    self._check(data["heads"])
+    of_text = data["text"]["vocabulary"] and data["text"]["source"] == "labels"
+    self._check([*data["heads"], *(["label"] if of_text else [])])
 
   def _check(self, heads: Sequence[str]) -> None:
     first = self.splits[0]
@@ -90,6 +92,11 @@ class Mixture:
 
   def __len__(self) -> int:
     return int(self.ends[-1])
+
+  @property
+  def excluded(self) -> str:
+    """In words, how many clips are left out; see `records.Split`."""
+    return "\n".join(split.excluded for split in self.splits).strip()
 
   def _place(self, number: int) -> tuple[Any, int]:
     which = int(np.searchsorted(self.ends, number, side="right"))

@@ -23,6 +23,7 @@ import numpy as np
 from absl import flags, logging
 
 from avjax.data import (
+  clip_text,
   example,
   features,
   mixture,
@@ -47,7 +48,9 @@ __all__ = [
 
 # Clips tried in the place of one that cannot be read.
 _ATTEMPTS = 16
-_NO_DRAW = 1 << 32  # larger than any attempt: a stream of its own
+# Larger than any attempt: streams of their own.
+_NO_DRAW = 1 << 32
+_CAPTION = 1 << 33
 
 
 class_names = records.class_names
@@ -64,7 +67,9 @@ def num_examples(data: Any, split: str | None = None) -> int:
 def _training_split(data: Any) -> records.Split | mixture.Mixture:
   if data["mixture"]:
     return mixture.Mixture(data)
-  return records.Split(data, data["split"], data["limit"])
+  return records.Split(
+    data, data["split"], data["limit"], exclude=data["exclude"]
+  )
 
 
 def steps_per_epoch(data: Any, batch_size: int) -> int:
@@ -153,6 +158,7 @@ class _Batches:
     seed: int | None,
     views: int = 1,
     limit: int = 0,
+    captions: int = 0,
     process_index: int = 0,
     process_count: int = 1,
   ):
@@ -173,8 +179,11 @@ class _Batches:
     self.first = self.size * process_index
     self.cutter, self.views = example.Cutter(data), views
     self.shapes = example.shapes(
-      self.cutter.data, self.size, views, train=training
+      self.cutter.data, self.size, views, train=training, captions=captions
     )
+    self.captions = None
+    if "text" in self.shapes:
+      self.captions = clip_text.Captions(self.cutter.data, self.split)
     self.objects = {}
     if training and data["object_scores"]:
       ids = self.split.column("id")[: len(self.split)].tolist()
@@ -257,6 +266,9 @@ class _Batches:
           self.features.fill(number, batch, row)
         for key, column in self.objects.items():
           batch[key][row] = column[number]
+        if self.captions:
+          draw = functools.partial(self._rng, position, _CAPTION + attempt)
+          self.captions.fill(number, clip.captions, batch, row, draw)
       except InputError:
         raise
       except (ValueError, IndexError, OSError, RuntimeError) as error:
@@ -277,7 +289,8 @@ class _Batches:
     if self.features:
       return self.features.clip(number)
     record = self.split[number]
-    return example.from_record(record, self.modality, self.heads)
+    with_text = self.captions is not None
+    return example.from_record(record, self.modality, self.heads, with_text)
 
   def _rng(self, position: int, attempt: int) -> np.random.Generator | None:
     """Draws of an example; None in evaluation."""
@@ -355,6 +368,8 @@ def train_batches(
     process_index=process_index,
     process_count=process_count,
   )
+  if batches.split.excluded:
+    logging.info("%s", batches.split.excluded)
   return _iterate(batches, start_step, None, data, skipped)
 
 
@@ -365,6 +380,7 @@ def eval_batches(
   batch_size: int,
   views: int = 1,
   limit: int = 0,
+  captions: int = 0,
   process_index: int = 0,
   process_count: int = 1,
   skipped: Skipped | None = None,
@@ -379,6 +395,8 @@ def eval_batches(
     views: windows in time, spread evenly over each modality by itself: frames
       [b v t h w 3], waveform [b v s]; 1 = the centre of each, without `v`.
     limit: first clips only; 0 = all.
+    captions: c; `text` [b c l] then holds the texts of each clip in their
+      order. 0 = no text. A clip with more is an error.
     process_index: this host; it gets its contiguous share of each batch.
     process_count: hosts.
     skipped: counts clips that cannot be read; `valid` is false for them.
@@ -393,6 +411,7 @@ def eval_batches(
     seed=None,
     views=views,
     limit=limit,
+    captions=captions,
     process_index=process_index,
     process_count=process_count,
   )

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 
+from avjax.data import id_list
 from avjax.data.datasets import built_dir
 from avjax.errors import InputError, lookup
 
@@ -120,20 +121,46 @@ class Split:
     data: `config.data`.
     split: a split of the built data set.
     limit: first clips only; 0 = all.
+    exclude: file of ids (`avjax.data.id_list`) whose clips are as if they were
+      not there; '' = none.
+
+  Attributes:
+    excluded: in words, how many clips are left out; '' without `exclude`.
 
   Raises:
-    InputError: the data set is not built or has no such split.
+    InputError: the data set is not built or has no such split, or `exclude`
+      cannot be read or leaves no clip.
   """
 
-  def __init__(self, data: Any, split: str, limit: int = 0):
+  def __init__(
+    self, data: Any, split: str, limit: int = 0, *, exclude: str = ""
+  ):
     self.folder, self.name = built_dir(data), split
     info = tfds.builder_from_directory(self.folder).info
     stored = lookup(
       dict(info.splits), split, f"split of {self.folder}"
     ).num_examples
-    self._count = min(limit, stored) if limit else stored
     self.metadata = dict(info.metadata or {})
     self._open()
+    self._kept: np.ndarray | None = None  # numbers of stored clips
+    self.excluded = ""
+    if exclude:
+      self._leave_out(exclude)
+      stored = len(self._kept)
+    self._count = min(limit, stored) if limit else stored
+
+  def _leave_out(self, path: str) -> None:
+    listed = id_list.read(path)
+    out, unknown = id_list.named(self.column("id").tolist(), listed)
+    self.excluded = (
+      f"{path}: {out.sum()} of the {len(out)} clips of split {self.name!r} of "
+      f"{self.folder} are left out; {unknown} of the {len(set(listed))} ids "
+      "are of no clip there"
+    )
+    if out.all():
+      raise InputError(self.excluded)
+    self._columns = {}
+    self._kept = np.flatnonzero(~out)
 
   def _open(self) -> None:
     self._source: Any = None
@@ -159,6 +186,8 @@ class Split:
           self._source = builder.as_data_source(
             self.name, deserialize_method=_RAW
           )
+    if self._kept is not None:
+      number = self._kept[number]
     return Record(self._source[int(number)])
 
   def column(self, name: str) -> np.ndarray:
@@ -173,8 +202,22 @@ class Split:
       if not path.exists():
         raise InputError(f"{path} is missing; build the data set again")
       with np.load(path) as arrays:
-        self._columns[name] = arrays[name]
+        self._columns[name] = self._of_kept(arrays, name)
     return self._columns[name]
+
+  def _of_kept(self, arrays: Any, name: str) -> np.ndarray:
+    """A column of the index without what is excluded."""
+    values = arrays[name]
+    if self._kept is None:
+      return values
+    if name not in ("label", "label_ends"):
+      return values[self._kept]
+    counts = np.diff(arrays["label_ends"], prepend=0)
+    if name == "label_ends":
+      return np.cumsum(counts[self._kept])
+    kept = np.zeros(len(counts), bool)
+    kept[self._kept] = True
+    return values[np.repeat(kept, counts)]
 
   def labels(self) -> list[np.ndarray]:
     """The class numbers of each clip, the main one first; may be empty."""
