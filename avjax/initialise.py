@@ -22,6 +22,9 @@ from avjax.weights import families, image, transfer
 from avjax.workdir import Workdir, workdir
 
 STAGES = "stages.json"  # in a staged run's folder: the names in order
+# What two sources may be for: a modality each; or CoAVT's encoders, the
+# audio-visual one and that of text and queries.
+PARTS = (("audio", "video"), ("av", "text"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,19 +48,21 @@ def parse(text: str) -> dict[str, str]:
   """'DIR' -> {'': 'DIR'}; 'audio:A,video:B' -> {'audio': 'A', 'video': 'B'}.
 
   Raises:
-    InputError: one of the two modalities is named without the other.
+    InputError: the parts that are named are no pair of PARTS.
   """
+  names = sum(PARTS, ())
   parts = dict(
     part.split(":", 1)
     for part in text.split(",")
-    if part.startswith(("audio:", "video:"))
+    if part.split(":")[0] in names and ":" in part
   )
   if not parts:
     return {"": text}
-  if set(parts) != {"audio", "video"}:
+  if set(parts) not in map(set, PARTS):
+    pairs = " or ".join(",".join(f"{m}:PATH" for m in p) for p in PARTS)
     raise InputError(
-      f"init_from={text!r} names {', '.join(parts)} alone; give "
-      "audio:PATH,video:PATH, or one PATH for both"
+      f"init_from={text!r} names {', '.join(parts)} alone; give {pairs}, or "
+      "one PATH for both"
     )
   return parts
 

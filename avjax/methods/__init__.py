@@ -16,6 +16,8 @@ METHODS = {
   "avsiam_finetune": "avjax.methods.avsiam_finetune:AVSiamFinetune",
   "convnext": "avjax.methods.convnext:ConvNeXtClassifier",
   "uavm": "avjax.methods.uavm:UAVM",
+  "coavt": "avjax.methods.coavt:CoAVT",
+  "coavt_finetune": "avjax.methods.coavt_finetune:CoAVTFinetune",
 }
 
 

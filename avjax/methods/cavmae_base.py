@@ -29,6 +29,7 @@ NORM = re.compile(r"encoder_joint/(?:block_00/)?norm\d?(|_audio|_video)/")
 class CAVMethod(Method):
   """What pretraining and fine-tuning share."""
 
+  check = staticmethod(check)  # of `config.model`
   fixed_positions = False
   # Beginnings of parameters that `adapt` leaves alone where shapes differ.
   optional = ("classifier/out", "head_")
@@ -36,7 +37,7 @@ class CAVMethod(Method):
 
   def __init__(self, config: Any):
     super().__init__(config)
-    self.model = check(config.model)
+    self.model = self.check(config.model)
     self.size = sizes.resolve(self.model)
     self.num_layers = self.size.depth
 

@@ -25,7 +25,8 @@ LOSSES = ("auto", "bce", "ce")
 NUMBERS = ("width", "depth", "heads", "mlp")
 
 
-def _common(size: str) -> dict[str, Any]:
+def common(size: str) -> dict[str, Any]:
+  """What every model with this encoder has."""
   return {
     "size": size,  # Ti, S, B, L, H
     # 0 = as the size says; depth counts the joint block.
@@ -46,7 +47,7 @@ def default_model(size: str = "B", **overrides: Any) -> ConfigDict:
     InputError: an override that is no key; the nearest is named.
   """
   values = {
-    **_common(size),
+    **common(size),
     **{f"decoder_{name}": 0 for name in NUMBERS},
     "mask_audio": 0.75,
     "mask_video": 0.75,
@@ -70,7 +71,7 @@ def finetune_model(size: str = "B", **overrides: Any) -> ConfigDict:
     InputError: an override that is no key; the nearest is named.
   """
   values = {
-    **_common(size),
+    **common(size),
     "modality": "av",  # what is trained: av, a, v
     "classes": {},  # by head; empty = the data set's
     "label_smoothing": 0.1,
@@ -86,6 +87,30 @@ def check(model: Any) -> Any:
 
   Raises:
     InputError: names the key, its value and what is possible.
+  """
+  check_encoder(model)
+  if "masking" not in model:
+    lookup(MODALITIES, model.modality, "model.modality")
+    lookup(dict.fromkeys(LOSSES), model.loss, "model.loss")
+    return model
+  lookup(dict.fromkeys(MASKING), model.masking, "model.masking")
+  if not (model.mae_weight or model.contrast_weight):
+    raise InputError(
+      "model.mae_weight and model.contrast_weight are both 0: nothing to learn"
+    )
+  if model.group_size < 0 or model.group_size == 1:
+    raise InputError(
+      f"model.group_size={model.group_size}: 0 for the global batch, or at "
+      "least 2 examples"
+    )
+  return model
+
+
+def check_encoder(model: Any) -> None:
+  """The part of `check` that every model with this encoder shares.
+
+  Raises:
+    InputError: as `check`.
   """
   if model.joint_depth != 1:
     raise InputError(
@@ -103,18 +128,3 @@ def check(model: Any) -> Any:
       f"model.patch_video={tuple(model.patch_video)}: CAV-MAE sees one frame, "
       "so the first number is 1"
     )
-  if "masking" not in model:
-    lookup(MODALITIES, model.modality, "model.modality")
-    lookup(dict.fromkeys(LOSSES), model.loss, "model.loss")
-    return model
-  lookup(dict.fromkeys(MASKING), model.masking, "model.masking")
-  if not (model.mae_weight or model.contrast_weight):
-    raise InputError(
-      "model.mae_weight and model.contrast_weight are both 0: nothing to learn"
-    )
-  if model.group_size < 0 or model.group_size == 1:
-    raise InputError(
-      f"model.group_size={model.group_size}: 0 for the global batch, or at "
-      "least 2 examples"
-    )
-  return model

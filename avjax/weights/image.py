@@ -61,7 +61,7 @@ METHOD = "image"  # `config.method` of a source that is an image model
 CONFIG = {"method": METHOD, "model": {}}
 
 # Beginnings of methods' names. Spectrograms of MEL_FIRST are ordered mel first.
-_CAVMAE, _AVSIAM = ("cavmae", "deteclap"), "avsiam"
+_CAVMAE, _AVSIAM = ("cavmae", "deteclap", "coavt"), "avsiam"
 MEL_FIRST = (*_CAVMAE, _AVSIAM)
 _MODALITIES = ("video", "audio")
 _LAST_NORMS = re.compile(r"((encoder|encoder_joint)/)?norm(_audio|_video)?")
