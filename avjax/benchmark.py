@@ -291,6 +291,10 @@ def with_data(config: Any, batch_size: int, stack: contextlib.ExitStack) -> Any:
     if config.data.features:
       made = synthetic.features(built, config.data, clips)
       config.data.features = str(made)
+    if config.data.text.vocabulary:
+      made = synthetic.vocabulary(built, config.model.get("vocabulary", 0))
+      config.data.text.vocabulary = str(made)
+    config.data.exclude = ""
   return config
 
 

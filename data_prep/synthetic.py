@@ -19,6 +19,7 @@ from avjax.data import (
   demo_scene,
   demo_sound,
   object_scores,
+  text,
 )
 from avjax.data import features as stored_features
 from avjax.errors import lookup
@@ -34,7 +35,7 @@ def build(section: Any, folder: pathlib.Path, clips: int = 64) -> pathlib.Path:
   """Builds `clips` clips under the name of a config's data set.
 
   Args:
-    section: `config.data`; name, variant, split and heads are used.
+    section: `config.data`; name, variant, split, heads and text are used.
     folder: where the files and the built data set go.
     clips: in the split.
 
@@ -48,6 +49,9 @@ def build(section: Any, folder: pathlib.Path, clips: int = 64) -> pathlib.Path:
   media = folder / "files"
   media.mkdir(parents=True, exist_ok=True)
   seconds = known.seconds or 10.0
+  heads = {*section["heads"]}
+  if section["text"]["vocabulary"] and section["text"]["source"] == "labels":
+    heads.add("label")
   for number in range(FILES):
     rng = np.random.default_rng(number)
     content = demo_clip.encode(picture(rng, seconds), sound(rng, seconds))
@@ -59,7 +63,7 @@ def build(section: Any, folder: pathlib.Path, clips: int = 64) -> pathlib.Path:
       "name": section["name"],
       "split": section["split"],
       "clips": clips,
-      "heads": {k: v for k, v in known.heads.items() if k in section["heads"]},
+      "heads": {k: v for k, v in known.heads.items() if k in heads},
       "seconds": seconds,
     },
     skip_registration=True,
@@ -103,6 +107,7 @@ class _Synthetic(builder.ClipBuilder, skip_registration=True):
       verb=names.get("verb", ""),
       noun=names.get("noun", ""),
       segments=(segment,) * int(self.seconds) if segment else (),
+      captions=(f"a camera moves over noise, clip {number}",),
     )
 
 
@@ -156,6 +161,23 @@ def features(
       ) as writer:  # fmt: skip
         writer.write(ids, rng.standard_normal((len(ids), *shape), np.float32))
   return out
+
+
+def vocabulary(folder: pathlib.Path, size: int) -> pathlib.Path:
+  """A WordPiece vocabulary of as many tokens as a model has, [DEC] included.
+
+  Args:
+    folder: where the file goes.
+    size: at least that of av_demo.
+
+  Returns:
+    The file to read as `config.data.text.vocabulary`.
+  """
+  pieces = text.find("av_demo").read_text().splitlines()
+  pieces += [f"piece{k}" for k in range(len(pieces), size - 1)]
+  path = folder / "vocab.txt"
+  path.write_text("\n".join(pieces))
+  return path
 
 
 def clip_id(number: int) -> str:

@@ -8,7 +8,7 @@ import pytest
 from absl import flags
 
 from avjax import benchmark, experiment, throughput
-from avjax.data import object_scores
+from avjax.data import object_scores, text
 from avjax.errors import InputError
 from configs import cavmae_audioset
 from data_prep import synthetic
@@ -56,6 +56,12 @@ def test_noise_stands_in_for_object_scores(tmp_path):
   for scores in found.values():
     assert scores.values.shape == (3, 601) and scores.done().all()
     assert scores.clips[2] == synthetic.clip_id(2)
+
+
+def test_made_up_pieces_stand_in_for_a_vocabulary(tmp_path):
+  tokens = text.Tokenizer(str(synthetic.vocabulary(tmp_path, 1_000)))
+  assert tokens.size == 1_000
+  assert tokens.unk not in tokens.ids("a camera moves over noise, clip 1", 32)
 
 
 def parse(*words):
