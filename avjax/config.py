@@ -308,6 +308,11 @@ def data_section() -> ConfigDict:
 
 # Options of single evaluators, with the values that they have by themselves.
 EVAL_OPTIONS: dict[str, dict[str, Any]] = {
+  # mode: '' = the method's main one.
+  "captions": {
+    "captions": 5, "mode": "", "beams": 3, "length_penalty": 1.0,
+    "pictures": 8,
+  },
   # modes: () = the method's main one; average: logits, probabilities.
   "classification": {"modes": (), "average": "logits"},
   # See avjax/evaluators/layers.py.
@@ -319,6 +324,11 @@ EVAL_OPTIONS: dict[str, dict[str, Any]] = {
   },
   "reconstruction": {"pictures": 4},
   "retrieval": {"subset": "", "within": "", "pictures": 0},
+  # modes: () = all; rerank: candidates, 0 = none; match_batch: pairs at a time.
+  "text_retrieval": {
+    "captions": 5, "modes": (), "rerank": 128, "rerank_add": True,
+    "match_batch": 256, "subset": "", "pictures": 0,
+  },
 }  # fmt: skip
 
 

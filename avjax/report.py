@@ -31,6 +31,8 @@ def write(
   lines = [f"# {run.root.name}", "", f"Method {config.method}.", ""]
   lines += ["| score | value |", "|---|---|"]
   lines += [f"| {name} | {value:.4f} |" for name, value in scores.items()]
+  for path in sorted(run.tables.glob("*.md")):
+    lines += ["", path.read_text().strip()]
   lines += ["", *skipped_lines(skipped), "", "Pictures:", ""]
   pictures = sorted(run.pictures.glob("*.png"))
   lines += [f"![{p.stem}](pictures/{p.name})" for p in pictures] or ["none"]

@@ -6,7 +6,7 @@ Captions with the same words are one text here, computed once: they tie exactly.
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -62,7 +62,8 @@ class Table:
     clip: of each caption, its clip.
     matched: matching scores where they are known, NaN elsewhere; None = no
       re-ranking.
-    top: candidates of a caption, or of a clip, that are re-ranked.
+    top: candidates that are re-ranked: clips of a caption, and different texts
+      of a clip.
     add: whether their similarity is added to the matching score.
   """
 
@@ -79,9 +80,9 @@ class Table:
 
   def of_clips(self, rows: Int[np.ndarray, "r"]) -> Float[np.ndarray, "r c"]:
     """Scores of all captions for some clips, see `reranked`."""
-    return self._scores(lambda x: x[:, rows].T[:, self.text])
+    return self._scores(lambda x: x[:, rows].T)[:, self.text]
 
-  def _scores(self, take) -> np.ndarray:
+  def _scores(self, take: Callable[[np.ndarray], np.ndarray]) -> np.ndarray:
     similar = take(self.similar)
     if self.matched is None:
       return similar
@@ -93,9 +94,7 @@ class Table:
     for rows in _blocks(len(self.similar)):
       found[rows] = candidates(self.similar[rows], self.top)
     for rows in _blocks(self.similar.shape[1]):
-      best = candidates(self.similar[:, rows].T[:, self.text], self.top)
-      clips, captions = best.nonzero()
-      found[self.text[captions], rows[clips]] = True
+      found[:, rows] |= candidates(self.similar[:, rows].T, self.top).T
     return found
 
   @functools.cached_property

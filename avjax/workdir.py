@@ -35,6 +35,11 @@ class Workdir:
     return self.root / "pictures"
 
   @property
+  def tables(self) -> pathlib.Path:
+    """Markdown that is part of the report, and CSV files."""
+    return self.root / "tables"
+
+  @property
   def report(self) -> pathlib.Path:
     """Scores, counts of skipped clips, command line."""
     return self.root / "report.md"

@@ -74,8 +74,6 @@ def test_reranking_against_a_loop(monkeypatch, top, add):
   _, text, clip = captioned(rng, texts=31)
   # No ties at the edge of the candidates, where either may be chosen.
   similar = rng.standard_normal((31, 23)).astype(np.float32)
-  text = np.arange(57) % 31
-  text[31:] = rng.permutation(31)[: 57 - 31]
   matched = rng.integers(-3, 4, similar.shape).astype(np.float32)
   plain = Table(similar, text, clip, None, top)
   known = np.where(plain.wanted(), matched, np.nan).astype(np.float32)

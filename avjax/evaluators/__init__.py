@@ -7,11 +7,13 @@ from avjax.errors import lookup
 from avjax.evaluators.base import Context, Evaluator
 
 EVALUATORS = {
+  "captions": "avjax.evaluators.captions:Captions",
   "classification": "avjax.evaluators.classification:Classification",
   "layers": "avjax.evaluators.layers:Layers",
   "linear_probe": "avjax.evaluators.linear_probe:LinearProbe",
   "reconstruction": "avjax.evaluators.reconstruction:Reconstruction",
   "retrieval": "avjax.evaluators.retrieval:Retrieval",
+  "text_retrieval": "avjax.evaluators.text_retrieval:TextRetrieval",
 }
 
 

@@ -28,7 +28,7 @@ from typing import Any
 import jax
 import numpy as np
 from absl import logging
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 from avjax import ranking
 from avjax.data import demo, records
@@ -122,7 +122,7 @@ class Retrieval(Evaluator):
       InputError: no clip has both modalities, the method has no 'audio' and
         'video' embeddings, or the subset does not fit the split.
     """
-    chosen = self._chosen() if self.subset else None
+    chosen = chosen_ids(self.subset, self.built) if self.subset else None
     found = self._embedder.split(params, self.section, chosen)
     both = found.has["audio"] & found.has["video"]
     if not both.any():
@@ -154,26 +154,6 @@ class Retrieval(Evaluator):
     """Pictures and names of the split's clips."""
     return retrieval_pictures.Clips(self.built, self.context.config.data)
 
-  def _chosen(self) -> np.ndarray:
-    """Which clips of the split the subset names."""
-    path = pathlib.Path(self.subset).expanduser()
-    wanted = {row[0] for row in _rows(path)}
-    ids = self.built.column("id")[: len(self.built)]
-    chosen = np.isin(ids, list(wanted))
-    missing = len(wanted) - int(chosen.sum())
-    if not chosen.any():
-      raise InputError(
-        f"{path}: none of its {len(wanted)} ids is in split "
-        f"{self.built.name!r} of {self.built.folder}, whose first is "
-        f"{ids[0]!r}"
-      )
-    if missing:
-      logging.warning(
-        "%s: %d of its %d ids are not in split %s",
-        path, missing, len(wanted), self.built.name,
-      )  # fmt: skip
-    return chosen
-
   def _groups(self) -> np.ndarray:
     """The group of each clip of the split; '' = none."""
     classes = self.built.metadata.get("classes", {}).get("label", ())
@@ -190,6 +170,34 @@ class Retrieval(Evaluator):
     for name in sorted(set(names) - {""} - set(table)):
       raise unknown(f"class in {self.within}", name, table)
     return np.array([table[name] if name else "" for name in names])
+
+
+def chosen_ids(subset: str, built: records.Split) -> Bool[np.ndarray, "n"]:
+  """Which clips of a split a file of ids names.
+
+  Args:
+    subset: path; one id a line, or a CSV whose first column they are.
+    built: the split.
+
+  Raises:
+    InputError: the file cannot be read, or names none of the clips.
+  """
+  path = pathlib.Path(subset).expanduser()
+  wanted = {row[0] for row in _rows(path)}
+  ids = built.column("id")[: len(built)]
+  chosen = np.isin(ids, list(wanted))
+  missing = len(wanted) - int(chosen.sum())
+  if not chosen.any():
+    raise InputError(
+      f"{path}: none of its {len(wanted)} ids is in split {built.name!r} of "
+      f"{built.folder}, whose first is {ids[0]!r}"
+    )
+  if missing:
+    logging.warning(
+      "%s: %d of its %d ids are not in split %s",
+      path, missing, len(wanted), built.name,
+    )  # fmt: skip
+  return chosen
 
 
 def _scores(prefix: str, ranks: ranking.Ranks) -> dict[str, float]:
