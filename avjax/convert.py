@@ -43,6 +43,7 @@ from avjax.methods.base import Loaded
 from avjax.nn import sizes
 from avjax.weights import (
   avsiam,
+  bert,
   cavmae,
   convnext,
   families,
@@ -219,7 +220,7 @@ def become(
   """
   if isinstance(config, Mapping):
     config = config_lib.from_plain(config)
-  wanted = "" if source.method == image.METHOD else source.method
+  wanted = "" if source.method in families.STARTERS else source.method
   stage = families.stage(config, wanted if config.stages else "")
   plain = config_lib.plain(stage)
   config = config_lib.from_plain(plain)
@@ -354,6 +355,8 @@ def public_arrays(
     return cavmae.to_reference(params, source.aside)
   if source.method in ("avsiam", "avsiam_finetune"):
     return avsiam.to_reference(source.params, source.aside)
+  if source.method == bert.METHOD:
+    return bert.to_reference(source.params, source.aside)
   if source.method in ("uavm", "convnext"):
     params = families.class_order(source.params, to_house=False)
     module = {"uavm": uavm, "convnext": convnext}[source.method]

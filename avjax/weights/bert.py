@@ -29,6 +29,7 @@ from avjax.errors import InputError
 from avjax.methods.base import Loaded, Params
 from avjax.weights import transfer
 
+METHOD = "bert"  # `config.method` of a source that is such a file
 WORDS = "embeddings.word_embeddings.weight"
 POSITIONS = "embeddings.position_embeddings.weight"
 TYPES = "embeddings.token_type_embeddings.weight"

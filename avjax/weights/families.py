@@ -25,6 +25,7 @@ from avjax.nn import sizes
 from avjax.weights import (
   ast,
   avsiam,
+  bert,
   cavmae,
   convnext,
   formats,
@@ -168,8 +169,16 @@ FAMILIES = {
   "mbt_original": _scenic(
     "mbt_original", "Transformer/posembed_input/pos_embedding"
   ),
+  "bert": Family(
+    bert.is_bert,
+    bert.knows,
+    bert.to_house,
+    "bert.encoder.layer.0.attention.self.query.weight",
+  ),
 }
 IMAGE_FAMILIES = ("mae", "vit", "ast")
+# Methods of weights that can start a model but are none.
+STARTERS = (image.METHOD, bert.METHOD)
 
 
 def load(path: formats.Path, family: str = "") -> Weights:
@@ -239,7 +248,8 @@ def method_of(family: str, params: Any) -> str:
     return "cavmae_finetune" if "classifier" in params else "cavmae"
   if family == "avsiam":
     return "avsiam_finetune" if "classifier_av" in params else "avsiam"
-  return family if family in ("avmae", "uavm", "convnext") else "mbt"
+  own = ("avmae", "uavm", "convnext", bert.METHOD)
+  return family if family in own else "mbt"
 
 
 def class_order(params: Any, *, to_house: bool) -> Any:
@@ -334,6 +344,11 @@ def config_of(weights: Weights) -> dict[str, Any]:
     raise InputError(
       f"the weights are of an image model ({image.describe(weights.params)}): "
       "give --config, the model that they are to start"
+    )
+  if weights.method == bert.METHOD:
+    raise InputError(
+      "the weights are of a text encoder, which can start CoAVT's: "
+      "init_from=av:PATH,text:PATH, or give --config"
     )
   name, argument = _published(weights)
   try:
