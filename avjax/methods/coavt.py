@@ -20,10 +20,13 @@ Text passes its encoder once for all three pairs. The kept tokens are the same
 in the three passes of the audio-visual encoder.
 """
 
+import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
 from avjax import losses
@@ -49,6 +52,9 @@ from avjax.nn.masking import Keys
 __all__ = ["CoAVT", "default_model"]
 
 Scalar = Float[Array, ""]
+Pairs = Bool[Array, "b b"]
+Counted = Bool[Array, "m b"]  # examples with both sides, by mode
+Found = dict[str, Float[Array, "m"]]  # loss or accuracy, by mode
 
 
 class CoAVT(CoAVTMethod):
@@ -133,94 +139,124 @@ class CoAVT(CoAVTMethod):
       )
     masks, draws, drop = jax.random.split(rng, 3)
     ids, mask = inputs["text"], inputs["text_mask"]
-    options = {"train": True, "rngs": {"dropout": jax.random.fold_in(drop, 0)}}
-    text = self.run(params, QueryEncoder.text, ids, mask, **options)
+    train = [
+      {"train": True, "rngs": {"dropout": key}}
+      for key in jax.random.split(drop, 4)
+    ]
+    text = self.run(params, QueryEncoder.text, ids, mask, **train[0])
     text = self.run(params, QueryEncoder.project, "text", text[:, 0])
-    seen = self.tokens(params, inputs, self.trained, self.draw(inputs, masks))
-    metrics, total = {"temperature": self.temperature(params)}, 0.0
-    for i, (mode, tokens) in enumerate(zip(self.trained, seen, strict=True)):
-      counted = present(inputs, PASSES[mode][1]) & mask.any(1)
-      keys = masking.fold_in(example_keys(inputs, draws), i)
-      parts = self.pair(
-        params, tokens, text, ids, mask, counted, keys,
-        jax.random.fold_in(drop, i + 1),
-      )  # fmt: skip
-      total += sum(parts[name] for name in self.model.objectives)
-      metrics |= {f"{name}_{mode}": value for name, value in parts.items()}
+    media = self.tokens(params, inputs, self.trained, self.draw(inputs, masks))
+    feature, cache = self.feature(params, tuple(media), **train[1])
+    logits = jax.vmap(similarity, (1, None))(feature, text)
+    logits = logits / self.temperature(params)
+    equal, here = equal_texts(ids, mask), mask.any(1)
+    counted = jnp.stack(
+      [present(inputs, PASSES[mode][1]) & here for mode in self.trained]
+    )
+    found = {}
+    if "contrast" in self.model.objectives:
+      found |= self.contrast(logits, equal, counted)
+    if "matching" in self.model.objectives:
+      keys = example_keys(inputs, draws)
+      found |= self.matching(
+        params, media, logits, ids, mask, equal, counted, keys, train[2]
+      )
+    if "language" in self.model.objectives:
+      found |= self.language(params, cache, ids, mask, counted, train[3])
+    metrics = {
+      f"{name}_{mode}": values[i]
+      for name, values in found.items()
+      for i, mode in enumerate(self.trained)
+    }
+    metrics["temperature"] = self.temperature(params)
+    total = sum(found[name].sum() for name in self.model.objectives)
     return total, {"metrics": metrics}
 
-  def pair(
+  def contrast(
+    self, logits: Float[Array, "m b b"], equal: Pairs, counted: Counted
+  ) -> Found:
+    """Equations 2 and 3 and their accuracy, of each mode."""
+    options = {
+      "smoothing": self.model.label_smoothing,
+      "equals": self.model.equal_texts,
+    }
+    one = functools.partial(contrast, **options)
+    loss, right = jax.vmap(one, (0, None, 0))(logits, equal, counted)
+    return {"contrast": loss, "contrast_accuracy": right}
+
+  def matching(
     self,
     params: Params,
-    tokens: Float[Array, "b s w"],
-    text: Float[Array, "b p"],
+    media: Sequence[Float[Array, "b _ w"]],
+    logits: Float[Array, "m b b"],
     ids: Int[Array, "b l"],
     mask: Bool[Array, "b l"],
-    counted: Bool[Array, "b"],
+    equal: Pairs,
+    counted: Counted,
     keys: Keys,
-    drop: jax.Array,
-  ) -> dict[str, Scalar]:
-    """The objectives of one pair (equation 6) and their accuracies.
+    options: dict[str, Any],
+  ) -> Found:
+    """Equation 4 and its accuracy, of each mode.
+
+    Every clip and text makes three pairs: itself, the text with the clip's
+    hard negative in place of the clip, and the clip with the text's.
 
     Args:
       params: of the whole model.
-      tokens: of the clips, in one of the modes.
-      text: projected, of length 1.
+      media: tokens of the clips by mode.
+      logits: similarity / temperature.
       ids, mask: words of the texts.
-      counted: which examples have both sides.
-      keys: of hard negatives, one per example.
-      drop: key of dropout.
+      equal: pairs of equal texts.
+      counted: which examples have both sides, by mode.
+      keys: one per example.
+      options: of the pass.
     """
-    model, found = self.model, {}
-    rngs = [{"dropout": jax.random.fold_in(drop, i)} for i in range(3)]
-    feature, cache = self.feature(params, tokens, train=True, rngs=rngs[0])
-    equal = equal_texts(ids, mask)
-    logits = similarity(feature, text) / self.temperature(params)
-    if "contrast" in model.objectives:
-      found["contrast"], found["contrast_accuracy"] = contrast(
-        logits, equal, counted,
-        smoothing=model.label_smoothing, equals=model.equal_texts,
-      )  # fmt: skip
-    if "matching" in model.objectives:
-      allowed = ~equal & counted[None]
-      picks = [
-        hard_negatives(x, allowed, masking.fold_in(keys, i))
-        for i, x in enumerate((logits, logits.T))
-      ]
-      (texts, some), (clips, _) = picks
-      triples = [
-        jnp.stack(x, 1).reshape(-1, *x[0].shape[1:])
-        for x in (
-          (tokens, tokens[clips], tokens),
-          (ids, ids, ids[texts]),
-          (mask, mask, mask[texts]),
-        )
-      ]
-      out = self.judged(params, *triples, train=True, rngs=rngs[1])
-      found["matching"], found["matching_accuracy"] = self.judge(
-        out.reshape(-1, 3, *out.shape[1:]), counted & some
-      )
-    if "language" in model.objectives:
-      words = self.run(
-        params, QueryEncoder.language, cache, ids, mask,
-        train=True, rngs=rngs[2],
-      )  # fmt: skip
-      found["language"] = language(
-        words, ids, mask & counted[:, None], model.label_smoothing
-      )
-    return found
-
-  def judge(
-    self, logits: Float[Array, "b 3 q 2"], counted: Bool[Array, "b"]
-  ) -> tuple[Scalar, Scalar]:
-    """Loss and accuracy of triples, of which the first pair matches."""
-    matched = jnp.broadcast_to(jnp.arange(3) == 0, logits.shape[:2])
-    loss = matching(logits, matched, self.model.matching_loss)
-    answer = logits.mean(2)
-    right = (answer[..., 1] > answer[..., 0]) == matched
-    return losses.weighted_mean(loss.mean(1), counted), losses.weighted_mean(
-      right.astype(jnp.float32).mean(1), counted
+    allowed = ~equal & counted[:, None]
+    keys = [masking.fold_in(keys, i) for i in range(2 * len(media))]
+    keys = jnp.stack(keys).reshape(2, len(media), len(keys[0]))
+    drawn = jax.vmap(hard_negatives)
+    texts, some = drawn(logits, allowed, keys[0])
+    clips, _ = drawn(logits.swapaxes(1, 2), allowed, keys[1])
+    tokens = tuple(
+      rearrange(jnp.stack((x, x[other], x)), "p b s w -> (b p) s w")
+      for x, other in zip(media, clips, strict=True)
     )
+
+    def words(x):
+      own = jnp.broadcast_to(x, (len(media), *x.shape))
+      pairs = jnp.stack((own, own, x[texts]))
+      return rearrange(pairs, "p m b l -> (b p m) l")
+
+    out = self.judged(params, tokens, words(ids), words(mask), **options)
+    out = rearrange(out, "(b p m) q k -> m b p q k", p=3, m=len(media))
+    matched = jnp.broadcast_to(jnp.arange(3) == 0, out.shape[:3])
+    loss = matching(out, matched, self.model.matching_loss).mean(2)
+    answer = out.mean(3)
+    right = ((answer[..., 1] > answer[..., 0]) == matched).mean(2)
+    mean = jax.vmap(losses.weighted_mean)
+    weights = counted & some
+    return {
+      "matching": mean(loss, weights),
+      "matching_accuracy": mean(right, weights),
+    }
+
+  def language(
+    self,
+    params: Params,
+    cache: bert.Cache,
+    ids: Int[Array, "b l"],
+    mask: Bool[Array, "b l"],
+    counted: Counted,
+    options: dict[str, Any],
+  ) -> Found:
+    """Equation 5, of each mode; arguments as of `matching`."""
+    times = len(counted)
+    words = [jnp.repeat(x, times, axis=0) for x in (ids, mask)]
+    logits = self.run(params, QueryEncoder.language, cache, *words, **options)
+    logits = rearrange(logits, "(b m) l k -> m b l k", m=times)
+    one = functools.partial(language, smoothing=self.model.label_smoothing)
+    kept = mask & counted[..., None]
+    return {"language": jax.vmap(one, (0, None, 0))(logits, ids, kept)}
 
   def temperature(self, params: Params) -> Scalar:
     """What similarities are divided by."""
@@ -230,20 +266,31 @@ class CoAVT(CoAVTMethod):
   # --- Passes ---
 
   def feature(
-    self, params: Params, tokens: Float[Array, "b s w"], **more: Any
-  ) -> tuple[Float[Array, "b _ p"], bert.Cache | None]:
-    """Projected queries, of length 1; Baseline's one projected mean."""
+    self,
+    params: Params,
+    media: tuple[Float[Array, "b _ w"], ...],
+    **more: Any,
+  ) -> tuple[Float[Array, "b m _ p"], bert.Cache | None]:
+    """Projected queries, of length 1; Baseline's one projected mean.
+
+    Args:
+      params: of the whole model.
+      media: tokens of the clips by mode.
+      **more: of the pass.
+    """
     if self.model.query_encoder:
-      out, cache = self.asked(params, tokens, **more)
-      return self.run(params, QueryEncoder.project, "query", out), cache
+      out, cache = self.asked(params, media, **more)
+      out = self.run(params, QueryEncoder.project, "query", out)
+      return rearrange(out, "(b m) q p -> b m q p", m=len(media)), cache
     layer = jax.tree.map(bert.at_least_float32, params["project_media"])
-    x = pooled(tokens) @ layer["kernel"] + layer["bias"]
-    return bert.unit(x)[:, None], None
+    x = jnp.stack([pooled(tokens) for tokens in media], axis=1)
+    x = bert.unit(x @ layer["kernel"] + layer["bias"])
+    return x[:, :, None], None
 
   def judged(
     self,
     params: Params,
-    tokens: Float[Array, "n s w"],
+    tokens: bert.Encoded,
     ids: Int[Array, "n l"],
     mask: Bool[Array, "n l"],
     **more: Any,
@@ -265,7 +312,7 @@ class CoAVT(CoAVTMethod):
       not of Baseline.
     """
     (tokens,) = self.tokens(params, inputs, (mode,))
-    feature, _ = self.feature(params, tokens)
+    feature = self.feature(params, (tokens,))[0][:, 0]
     own = {"tokens": tokens} if self.model.query_encoder else {}
     return {"feature": feature, **own}
 

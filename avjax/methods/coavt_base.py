@@ -138,8 +138,8 @@ class CoAVTMethod(CAVMethod):
     return {**params, QUERY: own}
 
   def asked(
-    self, params: Params, tokens: Float[Array, "b s w"], **more: Any
-  ) -> tuple[Float[Array, "b q d"], Cache]:
+    self, params: Params, tokens: bert.Encoded, **more: Any
+  ) -> tuple[Float[Array, "_ q d"], Cache]:
     """Q_X and what language modelling needs of that pass."""
     return self.run(params, QueryEncoder.query, tokens, **more)
 

@@ -62,6 +62,10 @@ class Cache(NamedTuple):
   values: Float[Array, "*depth b h n c"]
 
 
+# Tokens of an encoder, or of several runs of it with as many examples each.
+Encoded = Float[Array, "_ _ w"] | tuple[Float[Array, "_ _ w"], ...]
+
+
 def at_least_float32(x: Float[Array, "*_"]) -> Float[Array, "*_"]:
   """Half precision as float32; anything finer stays as it is."""
   return x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -202,7 +206,7 @@ class Block(nn.Module):
     x: Float[Array, "b n d"],
     past: Cache | None,
     mask: Bool[Array, "#b 1 #n #k"] | None,
-    enc: Float[Array, "b s w"] | None,
+    enc: Encoded | None,
     enc_mask: Bool[Array, "b 1 1 s"] | None,
     queries: int,
     train: bool,
@@ -213,7 +217,8 @@ class Block(nn.Module):
       x: queries, then text; either may be missing.
       past: rows that come before them and are not computed again.
       mask: of the self-attention, see `Attention`.
-      enc: what queries look at.
+      enc: what queries look at; of several, example after example takes the
+        next one, see `QueryEncoder.query`.
       enc_mask: true where they may.
       queries: how many of the rows are queries.
       train: drops out.
@@ -223,7 +228,15 @@ class Block(nn.Module):
     q, t = x[:, :queries], x[:, queries:]
     if queries and self.cross:
       cross = Attention(self.heads, self.dropout, True, name="cross")
-      q, _ = cross(q, enc, enc_mask, train)
+      if isinstance(enc, tuple):
+        groups = q.reshape(-1, len(enc), *q.shape[1:])
+        groups = [
+          cross(groups[:, i], one, enc_mask, train)[0]
+          for i, one in enumerate(enc)
+        ]
+        q = jnp.stack(groups, axis=1).reshape(q.shape)
+      else:
+        q, _ = cross(q, enc, enc_mask, train)
     mlp = functools.partial(MLP, self.mlp, self.dropout)
     if queries and self.query_ffn:
       q = mlp(name="mlp_query")(q, train)
@@ -351,15 +364,17 @@ class QueryEncoder(nn.Module):
 
   def query(
     self,
-    enc: Float[Array, "b s w"],
+    enc: Encoded,
     enc_mask: Bool[Array, "b s"] | None = None,
     *,
     train: bool = False,
-  ) -> tuple[Float[Array, "b q d"], Cache]:
+  ) -> tuple[Float[Array, "_ q d"], Cache]:
     """What the queries find in an encoder's tokens.
 
     Args:
-      enc: tokens of the encoder, of any width.
+      enc: tokens of the encoder, of any width. A tuple of g arrays [b s w], of
+        any numbers s of tokens, has g b rows: those of the first example, one
+        for each array, then those of the second. One pass serves them all.
       enc_mask: true where there is a token; None = everywhere.
       train: drops out.
 
@@ -367,7 +382,7 @@ class QueryEncoder(nn.Module):
       The queries' rows, and their keys and values [depth b h q d/h] for
       `language` and `step`.
     """
-    x = self._query_rows(len(enc), train)
+    x = self._query_rows(_examples(enc), train)
     return self._run(x, None, enc, enc_mask, train=train)
 
   def text(
@@ -392,7 +407,7 @@ class QueryEncoder(nn.Module):
 
   def match(
     self,
-    enc: Float[Array, "b s w"],
+    enc: Encoded,
     ids: Int[Array, "b l"],
     mask: Bool[Array, "b l"],
     *,
@@ -403,14 +418,14 @@ class QueryEncoder(nn.Module):
 
   def joint(
     self,
-    enc: Float[Array, "b s w"],
+    enc: Encoded,
     ids: Int[Array, "b l"],
     mask: Bool[Array, "b l"],
     *,
     train: bool = False,
   ) -> Float[Array, "b n d"]:
     """Rows of queries and text that have seen each other."""
-    parts = [self._query_rows(len(enc), train), self._text_rows(ids, train)]
+    parts = [self._query_rows(len(ids), train), self._text_rows(ids, train)]
     seen = jnp.pad(mask, ((0, 0), (self.queries, 0)), constant_values=True)
     x = jnp.concatenate(parts, axis=1)
     return self._run(x, seen[:, None, None], enc, train=train)[0]
@@ -521,7 +536,7 @@ class QueryEncoder(nn.Module):
     self,
     x: Float[Array, "b n d"],
     mask: Bool[Array, "#b 1 #n #k"] | None,
-    enc: Float[Array, "b s w"] | None = None,
+    enc: Encoded | None = None,
     enc_mask: Bool[Array, "b s"] | None = None,
     *,
     past: Cache | None = None,
@@ -530,7 +545,8 @@ class QueryEncoder(nn.Module):
     """All blocks; queries come first where there is an encoder."""
     queries = 0
     if enc is not None:
-      enc, queries = enc.astype(self.dtype), self.queries
+      enc = jax.tree.map(lambda x: x.astype(self.dtype), enc)
+      queries = self.queries
     if enc_mask is not None:
       enc_mask = enc_mask[:, None, None]
 
@@ -548,3 +564,10 @@ class QueryEncoder(nn.Module):
       x, new = apply(block, x, jax.tree.map(lambda y, i=i: y[i], past))
       caches.append(new)
     return x, jax.tree.map(lambda *y: jnp.stack(y), *caches)
+
+
+def _examples(enc: Encoded) -> int:
+  """Rows of queries that look at these tokens."""
+  if isinstance(enc, tuple):
+    return sum(len(one) for one in enc)
+  return len(enc)
