@@ -96,6 +96,7 @@ class _Beams(NamedTuple):
     logprob: of these; -inf = no row. The first is the best.
     ended: rows with their end, [b k l].
     scores: of these; -inf = no row.
+    done: whether the search is over.
     state: of the model, [(b k) …].
   """
 
@@ -104,13 +105,8 @@ class _Beams(NamedTuple):
   logprob: Float[Array, "b k"]
   ended: Int[Array, "b k l"]
   scores: Float[Array, "b k"]
+  done: Bool[Array, "b"]
   state: State
-
-  @property
-  def done(self) -> Bool[Array, "b"]:
-    """As many have ended as there are beams, or none can go on."""
-    full = jnp.isfinite(self.scores).all(axis=1)
-    return full | ~jnp.isfinite(self.logprob).any(axis=1)
 
 
 def beam(
@@ -128,9 +124,10 @@ def beam(
   """The best text of a search that keeps the `beams` most probable beginnings.
 
   An end counts where it is among the `beams` most probable continuations. A
-  row's search is over when as many texts have ended as there are beams; the
-  best score among these wins. Only where none has ended within `length` is it a
-  text without an end. One beam is the greedy search.
+  row's search is over when as many texts have ended as there are beams and the
+  best of those that go on scores no better than any of these; the best of them
+  wins. Only where none has ended within `length` is it a text without an end.
+  One beam is the greedy search.
 
   Args:
     beams: k, at least 1.
@@ -148,6 +145,7 @@ def beam(
     logprob=none.at[:, 0].set(0.0),
     ended=ids,
     scores=none,
+    done=jnp.zeros(b, bool),
     state=jax.tree.map(lambda x: jnp.repeat(x, beams, axis=0), state),
   )
   body = functools.partial(
@@ -198,7 +196,10 @@ def _widen(
   source = jnp.take_along_axis(parent, kept, axis=1)
   flat = (source + k * jnp.arange(b)[:, None]).reshape(-1)
   state = jax.tree.map(operator.itemgetter(flat), state)
-  return _Beams(at.place + 1, _rows(ids, kept), logprob, ended, scores, state)
+  hope = score(logprob[:, 0], at.place + 1, penalty)
+  done = at.done | (hope <= scores.min(axis=1))
+  ids = _rows(ids, kept)
+  return _Beams(at.place + 1, ids, logprob, ended, scores, done, state)
 
 
 def _rows(

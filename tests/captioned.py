@@ -60,7 +60,7 @@ def params(rng, clips, *, queries=3, tokens=True):
     return rng.standard_normal(shape).astype(np.float32)
 
   made = {m: draw(clips, queries, 4) for m in Tables.retrieval_modes}
-  made = {m: np.asarray(losses.unit(jnp.asarray(x))) for m, x in made.items()}
+  made = {m: np.array(losses.unit(jnp.asarray(x))) for m, x in made.items()}
   made["words"] = draw(size, 4)
   return {**made, **({"tokens": draw(clips, 5, 4)} if tokens else {})}
 
