@@ -17,7 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from absl import flags
@@ -51,6 +51,7 @@ class Row:
       the point, are separated by commas.
     x: its place on the horizontal axis; None = a curve of this one row, drawn
       across as a line to compare with.
+    renamed: the study's name of a metric by the one that these runs give it.
 
   Raises:
     InputError: an x without a curve.
@@ -64,6 +65,7 @@ class Row:
   shown: bool = True
   curve: str = ""
   x: float | int | None = None
+  renamed: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
   def __post_init__(self):
     if self.x is not None and not self.curve:
@@ -236,6 +238,7 @@ def run_row(
     took.write_text(json.dumps(before + time.time() - began))
   scores = json.loads(done.read_text())["scores"]
   seconds = json.loads(took.read_text()) if took.exists() else 0.0
+  scores = {row.renamed.get(name, name): x for name, x in scores.items()}
   return {"row": row.name, "seed": seed, "seconds": seconds, **scores}
 
 

@@ -115,6 +115,15 @@ def test_chance_and_gaps_of_each_metric(tmp_path):
     assert max(np.ptp(x) for x in reach) > 0.85 * image.shape[1]
 
 
+def test_a_row_may_call_a_metric_otherwise(tmp_path):
+  finish(tmp_path, "first", 0, 0.5)
+  row = dataclasses.replace(
+    STUDY.rows[0], renamed={"test/top1": "test/av/top1"}
+  )
+  found = sweep.run_row(row, 0, tmp_path, smoke=False)
+  assert found["test/av/top1"] == 0.5 and "test/top1" not in found
+
+
 def test_as_many_chances_as_metrics():
   with pytest.raises(InputError, match="3 chances for 2 metrics"):
     Study("x", (), ("a", "b"), chance=(0.1, 0.2, 0.3))

@@ -17,13 +17,18 @@ SCORES = {
   "test/v/top1": "pictures",
 }
 CHANCE = 1 / 24
+# A model that always sees both has one score.
+RENAMED = {"cross_modal": {"test/top1": "test/av/top1"}}
 
 
 def get_study() -> Study:
   """Rows of the README's table."""
   return Study(
     title="UAVM on av_demo: top-1 on the test clips",
-    rows=tuple(Row(v, f"{CONFIG},variant={v}") for v in VARIANTS),
+    rows=tuple(
+      Row(v, f"{CONFIG},variant={v}", renamed=RENAMED.get(v, {}))
+      for v in VARIANTS
+    ),
     metrics=tuple(SCORES),
     chance=CHANCE,
     headings=tuple(SCORES.values()),

@@ -31,6 +31,7 @@ def get_study() -> Study:
       f"{uavm_demo.CONFIG},variant={variant},shared_width={width}",
       curve=curve,
       x=width // 8,
+      renamed=uavm_demo.RENAMED.get(variant, {}),
     )
     for variant, curve in CURVES.items()
     for width in WIDTHS
