@@ -26,6 +26,9 @@ ARGUMENTS = (
   "shared_layers",
   "shared_width",
   "lambda_audio",
+  "queries",
+  "mask_audio",
+  "mask_video",
   "pretrain",
   "epochs",
 )
@@ -152,6 +155,7 @@ def base_config() -> ConfigDict:
         "name": "cosine",  # cosine, constant, step
         "base_lr": 1e-3,
         "lr_batch": 0,  # lr = base_lr * batch_size / lr_batch; 0 = base_lr
+        "end_lr": 0.0,  # `cosine`: the last rate, scaled as base_lr is
         "warmup_steps": 0,
         "warmup_epochs": 0.0,
         "step_epochs": (),  # `step`: epochs at which lr *= step_factor

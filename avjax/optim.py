@@ -44,10 +44,10 @@ def schedule(
 ) -> Schedule:
   """The learning rate by step.
 
-  Linear warm-up from 0, then a cosine to 0, a constant, or a factor at each
-  of `step_epochs` (counted from the start: with 15, the 16th epoch is the
+  Linear warm-up from 0, then a cosine to `end_lr`, a constant, or a factor at
+  each of `step_epochs` (counted from the start: with 15, the 16th epoch is the
   first at the lower rate). Scenic's cosine restarts at `total_steps`; this
-  one stays at 0.
+  one stays where it is.
 
   Args:
     section: `config.schedule`.
@@ -72,8 +72,12 @@ def schedule(
     )
   peak = section.base_lr * batch_size / (section.lr_batch or batch_size)
 
+  last = section.end_lr / section.base_lr if section.end_lr else 0.0
+
   def cosine(step):
-    decay = optax.cosine_decay_schedule(1.0, max(total_steps - warmup, 1))
+    decay = optax.cosine_decay_schedule(
+      1.0, max(total_steps - warmup, 1), alpha=last
+    )
     return decay(jnp.maximum(step - warmup, 0))
 
   steps = [round(e * steps_per_epoch) for e in section.step_epochs]
