@@ -5,7 +5,7 @@ python -m avjax.compare --workdirs=runs/a,runs/b --names=CAV-MAE,DETECLAP
     --output=DIR --split=test --count=6 --top=3
 
 Every run is evaluated as `avjax.evaluate` does with its config's retrieval
-section. Files in DIR:
+section; for captions see `avjax.compare_text`. Files in DIR:
 
 | file | |
 |---|---|
@@ -31,6 +31,7 @@ from jaxtyping import Bool, Float
 
 from avjax import (
   commands,
+  compare_text,
   embedding_map,
   evaluate,
   evaluators,
@@ -85,7 +86,7 @@ def rank(
   evaluation: str = "retrieval",
   split: str = "",
   settings: Sequence[str] = (),
-) -> Ranked:
+) -> Ranked | compare_text.Ranked:
   """Embeds a run's split and ranks it.
 
   Args:
@@ -104,10 +105,10 @@ def rank(
   if evaluation not in config.evals:
     raise unknown(f"evaluation of {path}", evaluation, config.evals)
   section = config.evals[evaluation]
-  if section.type != "retrieval":
+  if section.type not in RANKED:
     raise InputError(
       f"{path}: its evaluation {evaluation!r} is of type {section.type!r}, not "
-      "'retrieval'"
+      f"{' or '.join(map(repr, RANKED))}"
     )
   chosen = [f"evals.{evaluation}.split={split}"] if split else []
   evaluate.with_settings(config, [*chosen, *settings])
@@ -123,14 +124,15 @@ def rank(
   step, params = evaluate.restored(run, setup, step)
   evaluator = evaluators.make(context, section)
   try:
-    pairs = evaluator.embed(params)
+    found = RANKED[section.type](name, evaluator, params)
   except InputError as error:
     raise InputError(f"{path}: {error}") from error
   logging.info("%s: step %d of %s", name, step, run.root)
-  return _ranked(name, evaluator, pairs)
+  return found
 
 
-def _ranked(name: str, evaluator: Retrieval, pairs: Pairs) -> Ranked:
+def _ranked(name: str, evaluator: Retrieval, params: Any) -> Ranked:
+  pairs = evaluator.embed(params)
   ids = evaluator.built.column("id")[pairs.number]
   order = np.argsort(ids, kind="stable")
   pairs = dataclasses.replace(
@@ -152,6 +154,9 @@ def _ranked(name: str, evaluator: Retrieval, pairs: Pairs) -> Ranked:
     tuple(evaluator.built.metadata.get("classes", {}).get("label", ())),
   )
 
+
+# Type of an evaluation -> (name of the model, evaluator, parameters) -> ranked.
+RANKED = {"retrieval": _ranked, "text_retrieval": compare_text.ranked}
 
 # --- Together ---
 
@@ -371,6 +376,13 @@ def compare(
   models = [
     rank(path, name, **options) for path, name in zip(paths, names, strict=True)
   ]
+  if len({type(model) for model in models}) > 1:
+    kind = options.get("evaluation", "retrieval")
+    raise InputError(
+      f"the evaluation {kind!r} of {', '.join(paths)} is of different types"
+    )
+  if isinstance(models[0], compare_text.Ranked):
+    return compare_text.write(models, output, choose, count=count, top=top)
   check(models)
   return write(models, output, count=count, top=top, classes=classes)
 

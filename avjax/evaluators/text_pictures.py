@@ -156,16 +156,20 @@ def first(
 def answers(
   table: Table, words: Sequence[str], clip: int, top: int
 ) -> list[Line]:
-  """The first different texts that a clip finds, with their places."""
+  """The first different texts that a clip finds, then its own.
+
+  Its best own one follows where none is among them. Each has its place among
+  the different texts.
+  """
   scores = table.of_clips(np.array([clip]))[0]
   order = first(scores, table.clip == clip, len(scores))
   texts, place = np.unique(table.text[order], return_index=True)
-  kept = texts[np.argsort(place)][:top]
-  mine = set(table.text[table.clip == clip].tolist())
-  return [
-    Line(f"{k + 1}. {words[text]}", int(text) in mine)
-    for k, text in enumerate(kept)
-  ]
+  texts = texts[np.argsort(place)]
+  right = np.isin(texts, table.text[table.clip == clip])
+  shown = list(range(min(top, len(texts))))
+  if right.any() and not right[shown].any():
+    shown.append(int(right.argmax()))
+  return [Line(f"{k + 1}. {words[texts[k]]}", bool(right[k])) for k in shown]
 
 
 def shown(clips: Clips, number: int) -> plots.Picture:
