@@ -4,7 +4,7 @@
 type `text_retrieval`:
 
 python -m avjax.compare --workdirs=runs/baseline,runs/coavt
-    --names=Baseline,CoAVT --eval=text_retrieval --output=DIR
+    --names=Baseline,CoAVT --eval=text --output=DIR
 
 | file | |
 |---|---|
