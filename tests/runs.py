@@ -75,6 +75,16 @@ PER_METHOD["uavm"] = {
   "specific_layers": 1, "shared_layers": 1, "shared_width": 16,
 }  # fmt: skip
 PER_METHOD["avsiam_finetune"] = {"depth": 1, "multimodal_depth": 1}
+PER_METHOD["coavt_finetune"] = {
+  "text_width": 32, "text_depth": 1, "text_heads": 2, "text_mlp": 64,
+  "queries": 2,
+}  # fmt: skip
+PER_METHOD["coavt"] = {**PER_METHOD["coavt_finetune"], "projection": 16}
+
+# Warm-ups of demos that are longer than two steps.
+LONG_WARMUP = (
+  "cavmae", "deteclap", "avsiam", "avsiam_finetune", "coavt", "coavt_finetune",
+)  # fmt: skip
 
 
 def shrink(config, **overrides):
@@ -82,8 +92,8 @@ def shrink(config, **overrides):
   config.model.update({k: v for k, v in MODEL.items() if k in config.model})
   config.model.update(PER_METHOD[config.method])
   config.total_steps, config.total_epochs = 2, 0.0
-  if config.method in ("cavmae", "deteclap", "avsiam", "avsiam_finetune"):
-    config.schedule.warmup_epochs = 0.0  # longer than two steps
+  if config.method in LONG_WARMUP:
+    config.schedule.warmup_epochs = 0.0
   config.batch_size = 8
   config.log_every = 1
   config.mesh.data = 1
