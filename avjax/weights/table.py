@@ -78,6 +78,7 @@ VGG_FT = "cavmae_vgg_finetune.py"
 # These files hold the unused branch of the picture, too.
 AUDIO = ":modality=a"
 AVSIAM, AVSIAM_AS = "https://github.com/GenjiB/AVSiam", "avsiam_audioset.py"
+COAVT = "starts coavt_audioset.py"
 UAVM, UAVM_EXTRACTOR = "https://github.com/YuanGongND/uavm", "uavm_extractor_"
 _UNIFIED, _FULL = "unified_trans", "full_att_trans"
 # The middle of the names is the recipe: -lr5e-5-bs-144-…-h4-.
@@ -237,6 +238,23 @@ CHECKPOINTS = (
     "45.9 mAP AudioSet audio",
     f"starts {AVSIAM_AS}:pretrain=ast",
     AST,
+  ),
+  Checkpoint(
+    "bert-base-uncased (model.safetensors, pytorch_model.bin)",
+    "bert",
+    APACHE,
+    "",
+    f"{COAVT} (init_from=av:PATH,text:PATH)",
+    "https://huggingface.co/google-bert/bert-base-uncased",
+  ),
+  Checkpoint(
+    "blip2_pretrained.pth of LAVIS, transformers' names too",
+    "bert",
+    "BSD-3-Clause",
+    "",
+    f"{COAVT} --config.model.cross_every=2 --config.model.query_ffn=True "
+    "--config.model.queries=32 (init_from=av:PATH,text:PATH)",
+    "https://github.com/salesforce/LAVIS",
   ),
   _avmae("as2m_selfsup_audiovisual", "", AVMAE_AS + ":variant=public"),
   _avmae("as2m_selfsup_audio", "", AVMAE_AS + ":variant=public,modality=a"),
