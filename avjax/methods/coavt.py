@@ -14,10 +14,12 @@ What the paper leaves open is as in BLIP-2 (arXiv:2301.12597):
 - hard negatives: one text for each clip and one clip for each text, drawn by
   softmax of the similarities; of clips with equal texts none is the other's;
 - label smoothing of contrast and language, the width of the projection, the
-  first temperature; the temperature stays within TEMPERATURES (ALBEF).
+  first temperature; the temperature stays within bounds (ALBEF).
 
-Text passes its encoder once for all three pairs. The kept tokens are the same
-in the three passes of the audio-visual encoder.
+Text passes its encoder once for all three pairs, and the queries of the three
+go through the blocks as one batch. The kept tokens are the same in the three
+passes of the audio-visual encoder. The objectives are pure functions in
+`avjax/methods/coavt_objectives.py`.
 """
 
 import functools
@@ -33,10 +35,9 @@ from avjax import losses
 from avjax.errors import InputError
 from avjax.methods.base import Inputs, Params
 from avjax.methods.cavmae_base import present
-from avjax.methods.coavt_base import PASSES, CoAVTMethod, available, pooled
+from avjax.methods.coavt_base import PASSES
 from avjax.methods.coavt_config import default_model
 from avjax.methods.coavt_objectives import (
-  bounded,
   contrast,
   equal_texts,
   hard_negatives,
@@ -44,6 +45,7 @@ from avjax.methods.coavt_objectives import (
   matching,
   similarity,
 )
+from avjax.methods.coavt_retrieval import Retrieval
 from avjax.nn import bert, cav_encoder, masking
 from avjax.nn.bert import QueryEncoder
 from avjax.nn.cav_encoder import Ids
@@ -51,29 +53,23 @@ from avjax.nn.masking import Keys
 
 __all__ = ["CoAVT", "default_model"]
 
-Scalar = Float[Array, ""]
 Pairs = Bool[Array, "b b"]
 Counted = Bool[Array, "m b"]  # examples with both sides, by mode
 Found = dict[str, Float[Array, "m"]]  # loss or accuracy, by mode
 
 
-class CoAVT(CoAVTMethod):
+class CoAVT(Retrieval):
   """Pretraining and retrieval; `config.model` as `default_model` has it.
 
   An example without text counts in no loss, one that lacks a modality in none
   of the pairs that have it; one without a negative not in the matching loss.
-
-  Attributes:
-    retrieval_modes: what `encode_media` encodes, given `data.modality`.
   """
 
-  modes = ()
   fixed_positions = True
 
   def __init__(self, config: Any):
     self.trained = tuple(config.model.modes)
     super().__init__(config)
-    self.retrieval_modes = available(config.data.modality)
     needs = {
       "contrast": ("project_", "temperature"),
       "matching": ("match/",),
@@ -83,11 +79,6 @@ class CoAVT(CoAVTMethod):
     self.unused = sum((needs[k] for k in missing), ())
     if not self.model.query_encoder:
       self.unused += ("queries",)
-
-  def words(self) -> dict[str, int]:
-    """See `CoAVTMethod.words`."""
-    names = ("vocabulary", "positions", "projection")
-    return {name: self.model[name] for name in names}
 
   def init(self, rng: jax.Array, inputs: Inputs) -> Params:
     """See `Method.init`; the branches of the modalities in the inputs."""
@@ -258,131 +249,9 @@ class CoAVT(CoAVTMethod):
     kept = mask & counted[..., None]
     return {"language": jax.vmap(one, (0, None, 0))(logits, ids, kept)}
 
-  def temperature(self, params: Params) -> Scalar:
-    """What similarities are divided by."""
-    value = params["query_encoder"]["temperature"]
-    return bounded(bert.at_least_float32(value))
-
-  # --- Passes ---
-
-  def feature(
-    self,
-    params: Params,
-    media: tuple[Float[Array, "b _ w"], ...],
-    **more: Any,
-  ) -> tuple[Float[Array, "b m _ p"], bert.Cache | None]:
-    """Projected queries, of length 1; Baseline's one projected mean.
-
-    Args:
-      params: of the whole model.
-      media: tokens of the clips by mode.
-      **more: of the pass.
-    """
-    if self.model.query_encoder:
-      out, cache = self.asked(params, media, **more)
-      out = self.run(params, QueryEncoder.project, "query", out)
-      return rearrange(out, "(b m) q p -> b m q p", m=len(media)), cache
-    layer = jax.tree.map(bert.at_least_float32, params["project_media"])
-    x = jnp.stack([pooled(tokens) for tokens in media], axis=1)
-    x = bert.unit(x @ layer["kernel"] + layer["bias"])
-    return x[:, :, None], None
-
-  def judged(
-    self,
-    params: Params,
-    tokens: bert.Encoded,
-    ids: Int[Array, "n l"],
-    mask: Bool[Array, "n l"],
-    **more: Any,
-  ) -> Float[Array, "n q 2"]:
-    """Logits of (no match, match) of each pair and query."""
-    out = self.run(params, QueryEncoder.match, tokens, ids, mask, **more)
-    return self.run(params, QueryEncoder.matching, out)
-
-  # --- Use ---
-
-  def encode_media(
-    self, params: Params, inputs: Inputs, mode: str
-  ) -> dict[str, jax.Array]:
-    """Clips in a mode of `retrieval_modes`, unmasked.
-
-    Returns:
-      'feature' [b q p] of length 1 (Baseline: q = 1), of which equation 1
-      takes the most similar; 'tokens' [b s w] for `match` and captions, but
-      not of Baseline.
-    """
-    (tokens,) = self.tokens(params, inputs, (mode,))
-    feature = self.feature(params, (tokens,))[0][:, 0]
-    own = {"tokens": tokens} if self.model.query_encoder else {}
-    return {"feature": feature, **own}
-
-  def encode_text(
-    self, params: Params, ids: Int[Array, "b l"], mask: Bool[Array, "b l"]
-  ) -> Float[Array, "b p"]:
-    """Texts in the space of `encode_media`'s 'feature', of length 1."""
-    rows = self.run(params, QueryEncoder.text, ids, mask)
-    return self.run(params, QueryEncoder.project, "text", rows[:, 0])
-
-  def match(
-    self,
-    params: Params,
-    tokens: Float[Array, "n s w"],
-    ids: Int[Array, "n l"],
-    mask: Bool[Array, "n l"],
-  ) -> Float[Array, "n"]:
-    """The mean over the queries of the logit of "match"."""
-    return self.judged(params, tokens, ids, mask)[..., 1].mean(1)
-
-  def caption_start(
-    self, params: Params, tokens: Float[Array, "b s w"], length: int
-  ) -> tuple[bert.Cache, bert.Cache]:
-    """The state of captions of up to `length` words, batch first."""
-    _, cache = self.asked(params, tokens)
-    blank = self.run(params, QueryEncoder.empty, len(tokens), length)
-    return _swapped((cache, blank))
-
-  def caption_step(
-    self, params: Params, state: Any, token: Int[Array, "b"], position: Any
-  ) -> tuple[Float[Array, "b k"], Any]:
-    """Logits of the next word, and the state with this one in it.
-
-    Args:
-      params: of the whole model.
-      state: of `caption_start` or of the step before.
-      token: the word at `position`, [DEC] at 0.
-      position: the same for the batch, below the length.
-    """
-    cache, text = _swapped(state)
-    logits, text = self.run(
-      params, QueryEncoder.step, cache, text, token, position
-    )
-    return logits, (state[0], _swapped(text))
-
-  def embed(self, params: Params, inputs: Inputs) -> dict[str, jax.Array]:
-    """Features of clips for audio-visual retrieval, and texts.
-
-    Returns:
-      'audio', 'video' [b d] of the modalities in the inputs, and 'av' where
-      both are: the mean over the queries, before the projection (§IV-C3);
-      Baseline: over the tokens. 'text' [b p] is `encode_text`'s, of the first
-      text of each clip.
-    """
-    found = self.means(params, inputs, self.config.data.modality)
-    if "text" in inputs:
-      ids, mask = inputs["text"], inputs["text_mask"]
-      if ids.ndim == 3:
-        ids, mask = ids[:, 0], mask[:, 0]
-      found["text"] = self.encode_text(params, ids, mask)
-    return found
-
 
 def example_keys(inputs: Inputs, rng: jax.Array) -> Keys:
   """One key per example, by its own number."""
   b = len(next(iter(inputs.values())))
   index = inputs.get("index", jnp.arange(b, dtype=jnp.uint32))
   return masking.example_keys(rng, index)
-
-
-def _swapped(caches: Any) -> Any:
-  """Depth first <-> batch first."""
-  return jax.tree.map(lambda x: x.swapaxes(0, 1), caches)

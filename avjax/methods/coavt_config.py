@@ -92,6 +92,11 @@ def check(model: Any) -> Any:
   sizes.resolve(model, "text_")
   if model.queries < 1:
     raise InputError(f"model.queries={model.queries}: at least 1")
+  if model.scan and model.cross_every != 1:
+    raise InputError(
+      f"model.cross_every={model.cross_every}: model.scan=True needs blocks "
+      "that are alike"
+    )
   if "modality" in model:
     lookup(MODALITIES, model.modality, "model.modality")
     lookup(dict.fromkeys(cavmae_config.LOSSES), model.loss, "model.loss")
