@@ -10,20 +10,19 @@ from avjax import methods, optim
 from avjax.errors import InputError
 from tests.test_cavmae_configs import inputs, value
 
-DEMO = ("demo", "demo,epochs=3", "demo,variant=vanilla")
 ARGUMENTS = {
   "coavt_audioset": (
-    "", "variant=vanilla,queries=8", "variant=baseline", "variant=without_v",
-    "mask_audio=0,mask_video=0", "pretrain=cavmae", *DEMO,
-    "demo,variant=baseline",
+    "mask_audio=0,mask_video=0", "pretrain=cavmae", "demo,epochs=3",
+    "demo,variant=vanilla,queries=8", "demo,variant=baseline",
+    "demo,variant=without_v",
   ),
   "coavt_audiocaps_finetune": (
-    "", "epochs=0", "variant=baseline", "modality=a", "pretrain=scratch",
-    *DEMO, "demo,variant=baseline", "demo,epochs=0",
+    "modality=a", "demo,pretrain=audioset", "demo,variant=baseline",
+    "demo,epochs=0",
   ),
-  "coavt_clotho_finetune": ("", "epochs=0", "pretrain=audiocaps", *DEMO),
-  "coavt_vgg_finetune": ("", "modality=a", "variant=vanilla", *DEMO),
-  "coavt_as20k_finetune": ("", "modality=v", "demo,modality=v"),
+  "coavt_clotho_finetune": ("pretrain=audiocaps", "demo,epochs=3"),
+  "coavt_vgg_finetune": ("modality=a", "demo,variant=vanilla"),
+  "coavt_as20k_finetune": ("demo,modality=v",),
 }  # fmt: skip
 
 
