@@ -203,7 +203,7 @@ class Captions(Evaluator):
 
   def _keep(self, written: Written, step: int) -> None:
     """All captions in a CSV, some in the report and in the picture."""
-    ids = self.built.column("id")[written.number]
+    ids = [str(name) for name in self.built.column("id")[written.number]]
     folder = self.context.workdir.tables
     folder.mkdir(parents=True, exist_ok=True)
     name = f"{self.section.split}_captions"
@@ -255,7 +255,7 @@ def _table(
   ]
   for row in rows:
     made = [written.made[search][row] for search in SEARCHES]
-    cells = [str(ids[row]), written.true[row][0], *made]
+    cells = [ids[row], written.true[row][0], *made]
     lines.append(f"| {' | '.join(c.replace('|', '/') for c in cells)} |")
   return "\n".join([*lines, ""])
 

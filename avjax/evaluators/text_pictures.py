@@ -70,7 +70,7 @@ def draw_media(
   for end, query in ends(ranks, table.text, count):
     scores = table.of_captions(np.array([query]))[0]
     own = np.arange(len(number)) == table.clip[query]
-    shown = list(first(scores, own, FOUND))
+    shown = first(scores, own, FOUND).tolist()
     if table.clip[query] not in shown:
       shown.append(int(table.clip[query]))
     cells = [
