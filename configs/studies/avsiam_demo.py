@@ -4,7 +4,7 @@ python -m avjax.sweep --study=configs/studies/avsiam_demo.py --output=DIR
 
 | rows | table of arXiv:2403.19638 |
 |---|---|
-| contrast (many ratios), fixed_25 to fixed_75, unmasked | 4 |
+| contrast (many ratios), fixed_25, fixed_50, unmasked | 4 |
 | contrast, separate (AVSep) | 5 |
 | both, cavmae | 7: one model, a modality missing in the test |
 | none, contrast, both | 8 |
@@ -43,7 +43,6 @@ PRETRAININGS = {
   "contrast": (PRETRAIN, (ALONE,)),
   "fixed_25": (PRETRAIN, (ALONE, "model.ratios=(0.25,)")),
   "fixed_50": (PRETRAIN, (ALONE, "model.ratios=(0.5,)")),
-  "fixed_75": (PRETRAIN, (ALONE, "model.ratios=(0.75,)")),
   "unmasked": (PRETRAIN, (ALONE, "model.ratios=(0.0,)")),
   "separate": (f"{PRETRAIN},encoder=separate", (ALONE,)),
 }
