@@ -288,6 +288,24 @@ def test_reconstruction_needs_the_method_to_offer_it():
     evaluators.make(context(config(), []), section)
 
 
+class Whole(Copier):
+  """Removes nothing."""
+
+  def reconstruct(self, params, inputs, rng):
+    made = super().reconstruct(params, inputs, rng)
+    return {
+      name: jnp.zeros_like(x) if name.endswith("/mask") else x
+      for name, x in made.items()
+    }
+
+
+def test_without_masks_there_is_no_error_of_reconstruction():
+  made, section = config(), eval_section("reconstruction", pictures=0)
+  batches = [clips([True, True])]
+  evaluator = evaluators.make(context(made, batches, Whole(made)), section)
+  assert evaluator.run(PARAMS, 0) == {}
+
+
 def test_reconstruction_of_an_empty_split_is_refused():
   made = config()
   section = eval_section("reconstruction")

@@ -45,6 +45,8 @@ class Reconstruction(Evaluator):
   def run(self, params: Params, step: int) -> Mapping[str, float]:
     """Writes pictures through the context; returns errors by name.
 
+    A model that removes nothing (a ratio of 0) has no errors.
+
     Raises:
       InputError: the split holds no valid example.
     """
@@ -58,7 +60,7 @@ class Reconstruction(Evaluator):
           self.context.picture(name, self._draw(clip, step), step)
           drawn += 1
     found = means.result()
-    if not found:
+    if not found.pop("valid", 0.0):
       raise InputError(f"split {self.section.split!r} has no valid example")
     return found
 
@@ -82,7 +84,7 @@ class Reconstruction(Evaluator):
     valid = jnp.repeat(valid, views)
     inputs = self.context.prepare(flat, jax.random.key(0), False)
     made = self.context.method.reconstruct(params, inputs, jax.random.key(1))
-    pairs = {}
+    pairs = {"valid": metrics.pair(jnp.ones(valid.shape), valid)}
     for view, m in _views(made):
       shown = valid & inputs.get(f"has_{m}", True)
       name = f"mse/{m}" if f"mse/{m}" not in pairs else f"mse/{m}_{view}"
