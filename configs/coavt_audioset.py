@@ -128,12 +128,15 @@ def shrink(config: ConfigDict) -> ConfigDict:
   """`:demo`: other data, sizes and step counts."""
   config = cavmae_audioset.shrink(config)
   config.data.augment.roll = 0
-  config.model.update(text_width=128, text_depth=4, text_heads=4, text_mlp=256)
+  config.model.update(text_width=128, text_depth=2, text_heads=4, text_mlp=256)
+  config.model.update(queries=8, dropout=0.0, scan=True)
+  config.batch_size = 32
   # Ours: what hundreds of steps from random weights learn most with.
   config.schedule.update(base_lr=1e-3, warmup_steps=0, warmup_epochs=2.0)
   config.checkpoint.every_epochs = config.total_epochs / 4
   if config.method == "coavt":
-    config.data.text.update(vocabulary="av_demo", source="captions")
+    config.data.text.update(vocabulary="av_demo", source="captions", length=48)
     config.model.update(vocabulary=text.size(config), projection=64)
     config.evals.text.update(captions=5, limit=0)
+    config.evals.text.rerank = min(config.evals.text.rerank, 16)
   return config

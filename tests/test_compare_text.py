@@ -97,26 +97,31 @@ def test_two_models_side_by_side(pair, tmp_path):
   assert ((image * 255).round() == GREEN).all(axis=-1).sum() > 4 * 50
 
 
+class One(compare_text.Ranked):
+  """Of anything that is looked at, whatever its type."""
+
+  def __init__(self, **fields):
+    self.__dict__.update(clips=None, **fields)
+
+
 def test_models_that_cannot_be_compared(pair, tmp_path):
-  one = dataclasses.make_dataclass(
-    "One", ["name", "data", "ids", "words", "found"]
-  )
   with pytest.raises(
     InputError, match="'text_retrieval', not 'retr|unknown ev"
   ):
     compare.compare(pair, tmp_path, evaluation="retrieval")
   table = dataclasses.make_dataclass("Table", ["text"])(np.array([0, 1]))
   found = dataclasses.make_dataclass("Found", ["tables"])
-  first = one("x", ("d", "s"), ["a"], ["t", "u"], found({"a": table}))
+  first = {"data": ("d", "s"), "ids": ["a"], "words": ["t", "u"]}
+  first["found"] = found({"a": table})
   for change, words in (
     ({"data": ("d", "z")}, "x and y differ in their data set or split"),
     ({"ids": ["b"]}, r"their clips: 1 \(a, …\) and 1 \(b, …\)"),
     ({"words": ["t", "v"]}, "differ in their captions: 2"),
     ({"found": found({"v": table})}, "x, y have no mode in common"),
   ):
-    other = dataclasses.replace(first, name="y", **change)
+    models = [One(name="x", **first), One(name="y", **{**first, **change})]
     with pytest.raises(InputError, match=words):
-      compare_text.common_mode([first, other])
+      compare_text.common_mode(models)
 
 
 def test_captions_are_the_argmax_of_the_full_pass(pair):

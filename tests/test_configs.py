@@ -191,7 +191,7 @@ def test_demo_changes_only_what_it_says(name):
     r"checkpoint\.every_epochs",
     r"evals\.\w+\.(every_epochs|split)",
   )
-  if name.startswith(("cavmae", "deteclap", "avsiam", "uavm")):
+  if name.startswith(("cavmae", "deteclap", "avsiam", "uavm", "coavt")):
     # Its sizes of masks and turns are in frames; its rate falls by epochs.
     allowed += (
       r"data\.fbank\.frames",
@@ -211,6 +211,12 @@ def test_demo_changes_only_what_it_says(name):
       r"data\.feature",
       r"model\.(shared_width|tokens)",
       r"evals\.layers\.(per_class|tsne)",
+    )
+  if name.startswith("coavt"):
+    allowed += (
+      r"data\.text\.(source|vocabulary|length)",
+      r"model\.(projection|vocabulary|queries|dropout|text_)",
+      r"evals\.text\.(captions|limit|rerank)",
     )
   full, demo = stages(load(name)), stages(load(name, "demo"))
   for a, b in zip(full, demo, strict=True):
