@@ -246,6 +246,15 @@ DEMO = {
 }
 
 
+FILES = {
+  "seconds": 3_600.0,
+  "pixels": 8_192 * 8_192,
+  "frames": 100_000,
+  "gigabytes": 8.0,  # of decoded frames
+  "channels": "mean",  # first
+}
+
+
 def data_section() -> ConfigDict:
   """`config.data`: which clips, how they are cut and what is done to them."""
   return ConfigDict(
@@ -298,13 +307,7 @@ def data_section() -> ConfigDict:
       "exclude": "",
       # One's own media files (avjax.load, avjax.embed): what one may make the
       # decoder do (avjax.data.media.Limits), and what becomes of its channels.
-      "files": {
-        "seconds": 3_600.0,
-        "pixels": 8_192 * 8_192,
-        "frames": 100_000,
-        "gigabytes": 8.0,  # of decoded frames
-        "channels": "mean",  # first
-      },
+      "files": FILES,
       "demo": DEMO,
     }
   )

@@ -45,9 +45,8 @@ def schedule(
   """The learning rate by step.
 
   Linear warm-up from 0, then a cosine to `end_lr`, a constant, or a factor at
-  each of `step_epochs` (counted from the start: with 15, the 16th epoch is the
-  first at the lower rate). Scenic's cosine restarts at `total_steps`; this
-  one stays where it is.
+  each of `step_epochs` (with 15, the 16th epoch is the first at the lower
+  rate). Scenic's cosine restarts at `total_steps`; this one stays.
 
   Args:
     section: `config.schedule`.
@@ -71,7 +70,6 @@ def schedule(
       f"schedule: the warm-up takes {warmup} steps, the run {total_steps}"
     )
   peak = section.base_lr * batch_size / (section.lr_batch or batch_size)
-
   last = section.end_lr / section.base_lr if section.end_lr else 0.0
 
   def cosine(step):
