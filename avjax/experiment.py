@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from avjax import methods, optim, parallel
+from avjax import averaging, methods, optim, parallel
 from avjax.data import augment, pipeline, text
 from avjax.errors import InputError
 from avjax.methods.base import Method
@@ -86,7 +86,7 @@ class Experiment:
   def eval_params(self, state: State) -> Any:
     """The parameters that evaluations use: averaged ones where they exist."""
     section = self.config.optimizer
-    return optim.averaged(section, state["average"], state["params"])
+    return averaging.averaged(section, state["average"], state["params"])
 
 
 def build(
@@ -233,7 +233,7 @@ def _first_state(experiment: Experiment, rng: jax.Array) -> State:
   return {
     "params": params,
     "opt_state": experiment.optimizer.init(params),
-    "average": optim.init_average(config.optimizer, params),
+    "average": averaging.init(config.optimizer, params),
     "step": jnp.zeros((), jnp.int32),
     "rng": jax.random.key_data(train_rng),
   }
@@ -290,7 +290,7 @@ def train_step(
   params, opt_state, norms = experiment.optimizer.update(
     grads, state["opt_state"], state["params"], aux.get("trainable")
   )
-  average = optim.update_average(
+  average = averaging.update(
     config.optimizer,
     state["average"],
     params,

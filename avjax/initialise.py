@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from avjax import experiment, optim, parallel
+from avjax import averaging, experiment, parallel
 from avjax.checkpoint import restore_params
 from avjax.errors import InputError
 from avjax.methods.base import Loaded, Method
@@ -179,7 +179,7 @@ def from_weights(
   shardings = jax.tree.map(lambda x: x.sharding, setup.state_shapes["params"])
   params = jax.device_put(experiment.live(config, loaded.params), shardings)
   state["params"] = params
-  state["average"] = optim.init_average(config.optimizer, params)
+  state["average"] = averaging.init(config.optimizer, params)
   return state
 
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from avjax import averaging, config, losses
 from avjax import batch as contract
-from avjax import config, losses, optim
 from avjax.data import audio, augment, pipeline, records, sampling
 from avjax.errors import InputError
 from avjax.evaluators import classification
@@ -422,9 +422,7 @@ def test_balanced_epochs_are_as_long_and_go_on_where_they_stopped(frames10):
 def test_epochs_are_averaged_from_the_first_to_the_last():
   section = config.base_config().optimizer
   section.average, section.average_from = "epochs", 3
-  state = optim.init_average(section, {"w": jnp.float32(0)})
+  state = averaging.init(section, {"w": jnp.float32(0)})
   for step in range(1, 21):  # epochs of 4 steps; w is the step
-    state = optim.update_average(
-      section, state, {"w": jnp.float32(step)}, step, 4
-    )
+    state = averaging.update(section, state, {"w": jnp.float32(step)}, step, 4)
   assert state["mean"]["w"] == pytest.approx((12 + 16 + 20) / 3)

@@ -10,7 +10,7 @@ import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from avjax import config, optim, trees
+from avjax import averaging, config, optim, trees
 from avjax.errors import InputError
 from avjax.methods.base import ParamInfo
 from avjax.nn import transformer
@@ -403,9 +403,9 @@ def test_parts_of_a_sharded_batch_stay_on_their_devices():
 
 def averages(name, steps=6, epoch=2, **keys):
   values = section(average=name, **keys)
-  state = optim.init_average(values, {"w": jnp.zeros(3)})
+  state = averaging.init(values, {"w": jnp.zeros(3)})
   update = jax.jit(
-    lambda state, params, step: optim.update_average(
+    lambda state, params, step: averaging.update(
       values, state, params, step, epoch
     )
   )
@@ -413,7 +413,7 @@ def averages(name, steps=6, epoch=2, **keys):
   for step in range(1, steps + 1):
     live = {"w": jnp.full(3, float(step))}
     state = update(state, live, step)
-    means.append(float(optim.averaged(values, state, live)["w"][0]))
+    means.append(float(averaging.averaged(values, state, live)["w"][0]))
   return means
 
 
@@ -435,11 +435,11 @@ def test_epoch_mean_counts_from_its_first_epoch():
 
 def test_average_survives_the_donation_of_the_parameters():
   params = {"w": jnp.ones(3)}
-  state = optim.init_average(section(average="ema"), params)
+  state = averaging.init(section(average="ema"), params)
   jax.jit(lambda p: jax.tree.map(jnp.negative, p), donate_argnums=0)(params)
   np.testing.assert_array_equal(state["mean"]["w"], np.ones(3))
 
 
 def test_unknown_average_is_refused():
   with pytest.raises(InputError, match="Did you mean 'ema'"):
-    optim.init_average(section(average="emaa"), {})
+    averaging.init(section(average="emaa"), {})
