@@ -45,6 +45,7 @@ from avjax.weights import (
   avsiam,
   bert,
   cavmae,
+  class_lists,
   convnext,
   families,
   formats,
@@ -328,7 +329,7 @@ def _write_classes(run: Workdir, plain: Mapping[str, Any], family: str) -> None:
   """Class names in the order of the logits, where these are known."""
   if "classes" not in plain["model"]:
     return
-  if families.orderless(family):
+  if class_lists.orderless(family):
     logging.warning("the released MBT weights do not say their classes' order")
     return
   config = config_lib.from_plain(plain)
@@ -337,7 +338,7 @@ def _write_classes(run: Workdir, plain: Mapping[str, Any], family: str) -> None:
     names = {h: list(pipeline.class_names(data, h)) for h in data.heads}
   except InputError as error:
     logging.info("%s", error)
-    names = families.class_names(family, config)
+    names = class_lists.class_names(family, config)
   if names:
     _write_json(run.classes, names)
 
@@ -351,14 +352,14 @@ def public_arrays(
     InputError: an image model, or a method without public code.
   """
   if source.method in ("cavmae", "cavmae_finetune"):
-    params = families.class_order(source.params, to_house=False)
+    params = class_lists.class_order(source.params, to_house=False)
     return cavmae.to_reference(params, source.aside)
   if source.method in ("avsiam", "avsiam_finetune"):
     return avsiam.to_reference(source.params, source.aside)
   if source.method == bert.METHOD:
     return bert.to_reference(source.params, source.aside)
   if source.method in ("uavm", "convnext"):
-    params = families.class_order(source.params, to_house=False)
+    params = class_lists.class_order(source.params, to_house=False)
     module = {"uavm": uavm, "convnext": convnext}[source.method]
     return module.to_reference(params, source.aside)
   if source.method not in ("avmae", "mbt"):

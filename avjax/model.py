@@ -16,7 +16,7 @@ from avjax import experiment, initialise, methods
 from avjax.data import augment, pipeline
 from avjax.errors import InputError
 from avjax.methods.base import Method
-from avjax.weights import families, image
+from avjax.weights import class_lists, image
 from avjax.workdir import workdir
 
 Files = str | pathlib.Path | Sequence[str | pathlib.Path]
@@ -47,7 +47,7 @@ def load(path: str | pathlib.Path) -> "Model":
   else:
     # A folder without them was made of weights that do not say their order.
     file = source.path.is_file()
-    names = families.class_names(source.family, config) if file else {}
+    names = class_lists.class_names(source.family, config) if file else {}
   if names and "classes" in config.model:
     # The data set need not be where the model is used.
     with config.unlocked():

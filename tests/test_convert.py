@@ -20,7 +20,7 @@ from avjax import convert, evaluate, initialise, methods, trees
 from avjax.errors import InputError
 from avjax.methods import avmae_config, cavmae_config, mbt
 from avjax.nn.positions import sincos_2d
-from avjax.weights import families, formats, image
+from avjax.weights import class_lists, families, formats, image
 from tests import golden, public_weights, runs
 
 # --- Files and configs -------------------------------------------------------
@@ -232,7 +232,7 @@ def test_vggsound_classes_come_in_our_order(tmp_path):
   convert.convert(tmp_path / "x.pth", folder, config=config)
   names = json.loads((folder / "classes.json").read_text())["label"]
   assert names == json.loads(data.read_text())["names"]
-  back = families.class_order(weights.params, to_house=False)
+  back = class_lists.class_order(weights.params, to_house=False)
   np.testing.assert_array_equal(back["classifier"]["out"]["bias"], range(309))
 
 

@@ -13,7 +13,7 @@ from avjax import flops, losses, methods, optim, trees
 from avjax.errors import InputError
 from avjax.methods import supervised, uavm_config
 from avjax.methods.uavm import MODES, default_model
-from avjax.weights import families, formats, uavm
+from avjax.weights import class_lists, families, formats, uavm
 from tests import uavm_golden as made
 
 KEY, STEP = jax.random.key(0), jnp.int32(0)
@@ -428,7 +428,7 @@ def test_a_file_is_recognised_and_its_classes_ordered(tmp_path):
   out = found.params["classifier_video"]["out"]
   assert np.array_equal(out["kernel"][0], 64 * out["bias"])
   assert not np.array_equal(out["bias"], state["v_mlp.1.bias"])
-  back = families.class_order(found.params, to_house=False)
+  back = class_lists.class_order(found.params, to_house=False)
   back = uavm.to_reference(back, found.aside, prefix="")
   assert all(np.array_equal(back[k], x) for k, x in state.items())
 

@@ -14,7 +14,7 @@ from avjax import config as config_lib
 from avjax import convert
 from avjax.methods import cavmae_config
 from avjax.nn import sizes
-from avjax.weights import families, formats, table
+from avjax.weights import class_lists, families, formats, table
 from tests import public_weights
 
 SMALL = {"width": 32, "heads": 4, "mlp": 128}
@@ -179,11 +179,11 @@ def test_names_of_classes_are_not_guessed():
   config = config_lib.base_config()
   config.model = cavmae_config.finetune_model("B", classes={"label": 309})
   config.data.update(name="vggsound", heads=("label",))
-  assert len(families.class_names("cavmae", config)["label"]) == 309
-  assert families.class_names("mbt_original", config) == {}
+  assert len(class_lists.class_names("cavmae", config)["label"]) == 309
+  assert class_lists.class_names("mbt_original", config) == {}
   with config.unlocked():
     config.model.classes = {"label": 7}
-  assert families.class_names("cavmae", config) == {}
+  assert class_lists.class_names("cavmae", config) == {}
   with config.unlocked():
     config.data.name = "av_demo"
-  assert families.class_names("cavmae", config) == {}
+  assert class_lists.class_names("cavmae", config) == {}

@@ -8,7 +8,7 @@ an image tree), what is kept aside, and the config that goes with them.
 import dataclasses
 import difflib
 import functools
-import importlib.resources
+import importlib
 import json
 import re
 from collections.abc import Callable, Mapping
@@ -27,6 +27,7 @@ from avjax.weights import (
   avsiam,
   bert,
   cavmae,
+  class_lists,
   convnext,
   formats,
   image,
@@ -96,7 +97,7 @@ class Family:
 
 def _ordered(module: Any, state: State) -> tuple[Any, dict[str, np.ndarray]]:
   params, aside = module.to_house(state)
-  return class_order(params, to_house=True), aside
+  return class_lists.class_order(params, to_house=True), aside
 
 
 def _is_scenic(layout: str, state: State) -> bool:
@@ -250,52 +251,6 @@ def method_of(family: str, params: Any) -> str:
     return "avsiam_finetune" if "classifier_av" in params else "avsiam"
   own = ("avmae", "uavm", "convnext", bert.METHOD)
   return family if family in own else "mbt"
-
-
-def class_order(params: Any, *, to_house: bool) -> Any:
-  """VGGSound's classifiers of CAV-MAE or UAVM in our order of classes, or back.
-
-  Their authors number the 309 classes as a list of their own does, we as the
-  authors of the data set do. Other numbers of classes stay as they are:
-  AudioSet's order is one and the same.
-  """
-  order = np.asarray(_class_list("vggsound")["cavmae"])
-  index = np.argsort(order) if to_house else order
-  changed = {}
-  for name, tree in params.items():
-    out = tree.get("out") if name.startswith("classifier") else None
-    if out is not None and out["bias"].shape == order.shape:
-      out = {leaf: np.asarray(x)[..., index] for leaf, x in out.items()}
-      changed[name] = {**tree, "out": out}
-  return {**params, **changed}
-
-
-def class_names(family: str, config: Any) -> dict[str, list[str]]:
-  """Names in the order of a classifier's logits, by head, without the data.
-
-  They are the lists of `avjax/data/classes`: {} where there is none for
-  `config.data.name`, where it has another number of classes, or where the
-  order is not known, as for the released MBT weights.
-  """
-  wanted = config.model.get("classes")
-  file = _class_list(config.data.name)
-  if not wanted or not file or tuple(config.data.heads) != ("label",):
-    return {}
-  if orderless(family) or wanted.get("label") != len(file["names"]):
-    return {}
-  return {"label": file["names"]}
-
-
-def orderless(family: str) -> bool:
-  """Whether a family's public files do not say their classes' order."""
-  return family.startswith("mbt")
-
-
-def _class_list(data: str) -> dict[str, Any]:
-  """The package's list of a data set's classes; {} = there is none."""
-  folder = importlib.resources.files("avjax.data") / "classes"
-  file = folder / f"{data}.json"
-  return json.loads(file.read_text()) if file.is_file() else {}
 
 
 # --- Our own files -----------------------------------------------------------

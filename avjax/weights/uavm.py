@@ -19,7 +19,7 @@ place, so that the public classes load the file strictly. No result depends on
 it, and the published training drives it to zero (weight decay, no gradient).
 
 VGGSound's classes are taken to be in the order of CAV-MAE's list, by the same
-authors; see `families.class_order`.
+authors; see `class_lists.class_order`.
 """
 
 import re
