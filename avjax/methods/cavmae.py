@@ -35,6 +35,7 @@ from avjax.nn.cav_encoder import (
   Pass,
   Tokens,
 )
+from avjax.nn.masking import Keys
 from avjax.optim import FROZEN
 
 __all__ = ["CAVMAE", "MaskedAutoencoder", "default_model"]
@@ -134,31 +135,15 @@ class CAVMAE(CAVMethod):
     module = self.autoencoder(inputs)
     return self.draw_params(rng, inputs, module, self.draw(inputs, rng))
 
-  # --- Masking ---
-
-  def draw(self, inputs: Inputs, rng: jax.Array) -> Ids:
-    """Kept tokens by modality, in ascending order of noise.
-
-    Noise among the inputs is taken as it is; else every example draws by its
-    own index, the audio in the structure that `masking` names.
-    """
-    b = len(inputs[INPUTS["audio"]])
-    index = inputs.get("index", jnp.arange(b, dtype=jnp.uint32))
-    keys, ids = masking.example_keys(rng, index), {}
-    grids = cav_encoder.grids(inputs, self.model)
-    for i, (m, grid) in enumerate(grids.items()):
-      noise, n = inputs.get(f"noise/{m}"), grid[0] * grid[1]
-      ratio, own = self.model[f"mask_{m}"], masking.fold_in(keys, i)
-      if noise is None:
-        noise = masking.example_noise(own, n)
-        if m == "audio" and self.model.masking != "unstructured":
-          rows, columns = lines(self.model.masking, grid, ratio)
-          noise = masking.whole_lines(
-            noise, own, grid, rows=rows, columns=columns
-          )
-      kept = cav_encoder.num_kept(m, n, ratio, f"model.mask_{m}=")
-      ids[m] = masking.ids_keep(noise, kept)
-    return ids
+  def noise(
+    self, m: str, keys: Keys, grid: tuple[int, int]
+  ) -> Float[Array, "b n"]:
+    """See `CAVMethod.noise`; audio in the structure that `masking` names."""
+    noise, kind = super().noise(m, keys, grid), self.model.masking
+    if m != "audio" or kind == "unstructured":
+      return noise
+    rows, columns = lines(kind, grid, self.model.mask_audio)
+    return masking.whole_lines(noise, keys, grid, rows=rows, columns=columns)
 
   # --- Objective ---
 

@@ -10,14 +10,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool
+from jaxtyping import Array, Bool, Float
 
 from avjax import losses
 from avjax.errors import InputError
 from avjax.methods.base import Inputs, Loaded, Method, ParamInfo, Params
 from avjax.methods.cavmae_config import check
-from avjax.nn import cav_encoder, sizes
-from avjax.nn.cav_encoder import ALONE, INPUTS, CAVEncoder, Pass
+from avjax.nn import cav_encoder, masking, sizes
+from avjax.nn.cav_encoder import ALONE, INPUTS, CAVEncoder, Ids, Pass
+from avjax.nn.masking import Keys
 from avjax.nn.transformer import stack_layers, unstack_layers
 from avjax.optim import FROZEN
 from avjax.weights import transfer
@@ -34,6 +35,7 @@ class CAVMethod(Method):
   # Beginnings of parameters that `adapt` leaves alone where shapes differ.
   optional = ("classifier/out", "head_")
   passes: Sequence[Pass] = ()  # of the training, through the joint block
+  masked: Sequence[str] = tuple(INPUTS)  # whose kept tokens are drawn
 
   def __init__(self, config: Any):
     super().__init__(config)
@@ -72,6 +74,41 @@ class CAVMethod(Method):
     patches = cav_encoder.patches(inputs, self.model)
     params = module.init(rng, patches, passes, *rest)["params"]
     return cav_encoder.first_values(params)
+
+  def draw(self, inputs: Inputs, rng: jax.Array) -> Ids:
+    """Kept tokens by modality of `masked`, in ascending order of noise.
+
+    Noise among the inputs (`noise/<m>`) is taken as it is; else every example
+    draws by its own index.
+
+    Raises:
+      InputError: a ratio leaves no token.
+    """
+    keys, ids = example_keys(inputs, rng), {}
+    grids = cav_encoder.grids(inputs, self.model)
+    for i, (m, grid) in enumerate(grids.items()):
+      if m not in self.masked:
+        continue
+      noise, ratio = inputs.get(f"noise/{m}"), self.model[f"mask_{m}"]
+      if noise is None:
+        noise = self.noise(m, masking.fold_in(keys, i), grid)
+      n = grid[0] * grid[1]
+      kept = cav_encoder.num_kept(m, n, ratio, f"model.mask_{m}=")
+      ids[m] = masking.ids_keep(noise, kept)
+    return ids
+
+  def noise(
+    self, m: str, keys: Keys, grid: tuple[int, int]
+  ) -> Float[Array, "b n"]:
+    """Noise of a modality's tokens; those of the largest are removed.
+
+    Args:
+      m: the modality.
+      keys: one per example.
+      grid: rows and columns of its tokens.
+    """
+    del m
+    return masking.example_noise(keys, grid[0] * grid[1])
 
   def embed(self, params: Params, inputs: Inputs) -> dict[str, jax.Array]:
     """Retrieval features: what the contrastive loss compares, unmasked.
@@ -169,6 +206,13 @@ def check_blocks(params: Params, source: Params, m: str) -> None:
       raise InputError(
         f"the source has {found} blocks in {stack}, the model {wanted}"
       )
+
+
+def example_keys(inputs: Inputs, rng: jax.Array) -> Keys:
+  """One key per example, by its own number."""
+  b = len(next(iter(inputs.values())))
+  index = inputs.get("index", jnp.arange(b, dtype=jnp.uint32))
+  return masking.example_keys(rng, index)
 
 
 def present(inputs: Inputs, names: Sequence[str]) -> Bool[Array, "b"]:

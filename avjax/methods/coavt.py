@@ -34,7 +34,7 @@ from jaxtyping import Array, Bool, Float, Int
 from avjax import losses
 from avjax.errors import InputError
 from avjax.methods.base import Inputs, Params
-from avjax.methods.cavmae_base import present
+from avjax.methods.cavmae_base import example_keys, present
 from avjax.methods.coavt_base import PASSES
 from avjax.methods.coavt_config import default_model
 from avjax.methods.coavt_objectives import (
@@ -46,9 +46,9 @@ from avjax.methods.coavt_objectives import (
   similarity,
 )
 from avjax.methods.coavt_retrieval import Retrieval
-from avjax.nn import bert, cav_encoder, masking
+from avjax.nn import bert, masking
 from avjax.nn.bert import QueryEncoder
-from avjax.nn.cav_encoder import Ids
+from avjax.nn.cav_encoder import INPUTS
 from avjax.nn.masking import Keys
 
 __all__ = ["CoAVT", "default_model"]
@@ -94,24 +94,10 @@ class CoAVT(Retrieval):
     layer = {"kernel": bert.normal(key, shape), "bias": jnp.zeros(shape[1])}
     return {**params, "project_media": layer}
 
-  def draw(self, inputs: Inputs, rng: jax.Array) -> Ids:
-    """Kept tokens by modality (FLIP); none where the ratio is 0.
-
-    Noise among the inputs is taken as it is; else every example draws by its
-    own index.
-    """
-    keys, ids = example_keys(inputs, rng), {}
-    for i, (m, grid) in enumerate(
-      cav_encoder.grids(inputs, self.model).items()
-    ):
-      noise, n = inputs.get(f"noise/{m}"), grid[0] * grid[1]
-      ratio = self.model[f"mask_{m}"]
-      if noise is None:
-        noise = masking.example_noise(masking.fold_in(keys, i), n)
-      if ratio:
-        kept = cav_encoder.num_kept(m, n, ratio, f"model.mask_{m}=")
-        ids[m] = masking.ids_keep(noise, kept)
-    return ids
+  @property
+  def masked(self) -> Sequence[str]:
+    """Modalities of which not all tokens are kept (FLIP)."""
+    return [m for m in INPUTS if self.model[f"mask_{m}"]]
 
   # --- Objective ---
 
@@ -248,10 +234,3 @@ class CoAVT(Retrieval):
     one = functools.partial(language, smoothing=self.model.label_smoothing)
     kept = mask & counted[..., None]
     return {"language": jax.vmap(one, (0, None, 0))(logits, ids, kept)}
-
-
-def example_keys(inputs: Inputs, rng: jax.Array) -> Keys:
-  """One key per example, by its own number."""
-  b = len(next(iter(inputs.values())))
-  index = inputs.get("index", jnp.arange(b, dtype=jnp.uint32))
-  return masking.example_keys(rng, index)
