@@ -119,6 +119,35 @@ def scores(
   return {**found, "tied": float(tied.mean())}
 
 
+def both_ways(
+  ranks: Ranks,
+  ways: tuple[str, str],
+  *,
+  prefix: str = "",
+  total: str = "sum_R",
+) -> dict[str, float]:
+  """`scores` of both directions by name, and the sum of their recalls.
+
+  Args:
+    ranks: of both.
+    ways: names of the directions, forward and backward: `a2v` -> `a2v_R1`, …
+    prefix: of all names.
+    total: name of the sum, 0 to 2 times the number of `TOPS`.
+  """
+  forward, backward = ways
+  values = {
+    forward: scores(ranks.forward, ranks.forward_tied),
+    backward: scores(ranks.backward, ranks.backward_tied),
+  }
+  found = {
+    f"{prefix}{way}_{name}": value
+    for way, named in values.items()
+    for name, value in named.items()
+  }
+  recalls = [named[f"R{k}"] for named in values.values() for k in TOPS]
+  return {**found, f"{prefix}{total}": sum(recalls)}
+
+
 def _members(groups: np.ndarray) -> Iterator[np.ndarray]:
   """Numbers of the items of each group, ascending."""
   _, group = np.unique(groups, return_inverse=True)

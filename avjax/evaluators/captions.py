@@ -31,23 +31,15 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
 
-from avjax import generation, parallel
-from avjax.data import records, text
+from avjax import generation
 from avjax.errors import InputError
-from avjax.evaluators import retrieval_pictures, text_pictures
-from avjax.evaluators.base import Context, Evaluator
+from avjax.evaluators import text_pictures
+from avjax.evaluators.base import Context
+from avjax.evaluators.captioned import Captioned
 from avjax.evaluators.text_pictures import Line, Row
-from avjax.evaluators.text_retrieval import (
-  MODES,
-  check,
-  chosen_modes,
-  media_inputs,
-  only,
-)
 from avjax.methods.base import Params
 
 NEEDED = ("retrieval_modes", "encode_media", "caption_start", "caption_step")
@@ -75,7 +67,7 @@ class Written:
   left_out: int
 
 
-class Captions(Evaluator):
+class Captions(Captioned):
   """Writes captions and compares them with the true ones.
 
   Options of the section:
@@ -89,15 +81,12 @@ class Captions(Evaluator):
   """
 
   def __init__(self, context: Context, section: Any):
-    super().__init__(context, section)
-    method, data = context.method, context.config.data
-    check(method, section, NEEDED)
-    self.tokenizer = text.tokenizer(data)
-    names = (section.mode,) if section.get("mode", "") else ()
-    modes = chosen_modes(method, data.modality, names)
-    self.mode = max(modes, key=len)
+    modes = (section.mode,) if section.get("mode", "") else ()
+    super().__init__(context, section, needed=NEEDED, modes=modes)
+    self.mode = max(self.modes, key=len)
+    self.modes = (self.mode,)
     # A text of `length` tokens is [DEC], which is given, and the others.
-    self.length = data.text.length - 1
+    self.length = context.config.data.text.length - 1
     self._step = jax.jit(self._batch)
 
   def run(self, params: Params, step: int) -> Mapping[str, float]:
@@ -128,26 +117,11 @@ class Captions(Evaluator):
     Raises:
       InputError: there is none.
     """
-    parts, left_out = [], 0
-    for batch, _ in self.context.batches(self.section):
-      part = dict(parallel.to_host(self._step(params, batch)))
-      counted = part.pop("counted")
-      kept = counted & part.pop("has") & part["mask"].any(axis=(1, 2))
-      left_out += int((counted & ~kept).sum())
-      parts.append({name: x[kept] for name, x in part.items()})
-    joined = {
-      name: np.concatenate([part[name] for part in parts])
-      for name in (parts[0] if parts else {})
-    }
-    if not len(joined.get("number", ())):
-      raise InputError(
-        f"split {self.section.split!r}: no clip has a caption and the "
-        f"modalities of {self.mode!r}; {left_out} were left out"
-      )
+    joined, left_out = self.gather(self._step, params)
     decode, end = self.tokenizer.decode, self.tokenizer.sep
     pairs = zip(joined["ids"], joined["mask"], strict=True)
     return Written(
-      joined["number"].astype(np.int64),
+      joined["number"],
       [[decode(row[m]) for row, m in zip(*pair, strict=True) if m.any()]
        for pair in pairs],
       {s: [decode(row) for row in joined[s]] for s in SEARCHES},
@@ -160,9 +134,7 @@ class Captions(Evaluator):
     self, params: Params, batch: Mapping[str, jax.Array]
   ) -> dict[str, jax.Array]:
     method, tokens = self.context.method, self.tokenizer
-    ones = jnp.ones(batch["index"].shape[0], bool)
-    inputs = only(media_inputs(self.context, batch), self.mode)
-    media = method.encode_media(params, inputs, self.mode)
+    media = self.encode_media(params, batch)[self.mode]
     if "tokens" not in media:
       raise InputError(
         f"method {type(method).__name__} has no tokens to be captioned"
@@ -180,26 +152,12 @@ class Captions(Evaluator):
     greedy = generation.greedy(step, state, **options)
     beams = max(self.section.get("beams", 3), 1)
     beam = generation.beam(step, state, beams=beams, **options)
-    found = {
-      "counted": batch.get("valid", ones),
-      "has": ones,
-      "number": batch["index"],
-      "ids": batch["text"],
-      "mask": batch["text_mask"],
-    }
-    for m in MODES[self.mode]:
-      found["has"] &= batch.get(f"has_{m}", ones)
+    found = self.facts(batch)
     for search, (ids, scores) in zip(SEARCHES, (greedy, beam), strict=True):
       found |= {search: ids, f"{search}_score": scores}
     return found
 
   # --- Table and picture ---
-
-  @functools.cached_property
-  def built(self) -> records.Split:
-    """Records of the section's split."""
-    data, section = self.context.config.data, self.section
-    return records.Split(data, section.split, section.limit)
 
   def _keep(self, written: Written, step: int) -> None:
     """All captions in a CSV, some in the report and in the picture."""
@@ -221,12 +179,10 @@ class Captions(Evaluator):
       self.context.picture(name, picture, step)
 
   def _draw(self, written: Written, rows: Sequence[int], step: int) -> Any:
-    data, section = self.context.config.data, self.section
-    clips = retrieval_pictures.Clips(self.built, data)
     shown = [
       Row(
-        clips.name(int(written.number[row])),
-        text_pictures.shown(clips, int(written.number[row])),
+        self.clips.name(int(written.number[row])),
+        text_pictures.shown(self.clips, int(written.number[row])),
         [
           [Line(caption) for caption in written.true[row]],
           *([Line(written.made[search][row])] for search in SEARCHES),
@@ -234,12 +190,12 @@ class Captions(Evaluator):
       )
       for row in rows
     ]
-    beams = section.get("beams", 3)
+    beams = self.section.get("beams", 3)
     return text_pictures.text_grid(
       shown,
       columns=["true captions", "greedy", f"beam search of {beams}"],
-      title=f"{data.name}, split {section.split}, step {step}: captions "
-      f"written from {text_pictures.ANSWERS[self.mode]}",
+      title=f"{self.title(step)}: captions written from "
+      f"{text_pictures.ANSWERS[self.mode]}",
     )
 
 

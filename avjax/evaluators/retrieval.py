@@ -20,7 +20,6 @@ How ties and broken embeddings count: `avjax.ranking.ranks`.
 
 import csv
 import dataclasses
-import functools
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -34,8 +33,9 @@ from avjax import ranking
 from avjax.data import demo, records
 from avjax.errors import InputError, lookup, unknown
 from avjax.evaluators import retrieval_pictures
-from avjax.evaluators.base import Context, Evaluator
+from avjax.evaluators.base import Context
 from avjax.evaluators.embeddings import Embedder, class_numbers
+from avjax.evaluators.shown import Shown
 from avjax.methods.base import Params
 
 # Coarse groups of classes that belong to a data set.
@@ -60,7 +60,7 @@ class Pairs:
   left_out: int
 
 
-class Retrieval(Evaluator):
+class Retrieval(Shown):
   """Recall of a split in both directions.
 
   Options of the section:
@@ -96,19 +96,20 @@ class Retrieval(Evaluator):
     audio, video, number = pairs.audio, pairs.video, pairs.number
     ranks = ranking.ranks(audio, video)
     values = {
-      **_scores("", ranks),
+      **ranking.both_ways(ranks, DIRECTIONS),
       "gallery": float(len(number)),
       "left_out": float(pairs.left_out),
     }
     if self.within:
       groups = self._groups()[number]
-      values |= _scores("within_", ranking.ranks(audio, video, groups=groups))
+      within = ranking.ranks(audio, video, groups=groups)
+      values |= ranking.both_ways(within, DIRECTIONS, prefix="within_")
     if self.pictures and jax.process_index() == 0:
       pair = {"a2v": (audio, video), "v2a": (video, audio)}
       places = {"a2v": ranks.forward, "v2a": ranks.backward}
       for way in DIRECTIONS:
         picture = retrieval_pictures.draw(
-          way, *pair[way], places[way], number, self.clips, self._title(step),
+          way, *pair[way], places[way], number, self.clips, self.title(step),
           count=self.pictures,
         )  # fmt: skip
         name = f"{self.section.split}_retrieval_{way}"
@@ -136,23 +137,6 @@ class Retrieval(Evaluator):
       found.number[both],
       int((~both).sum()),
     )
-
-  def _title(self, step: int) -> str:
-    data = self.context.config.data
-    return f"{data.name}, split {self.section.split}, step {step}"
-
-  # --- What the built split says of its clips ---
-
-  @functools.cached_property
-  def built(self) -> records.Split:
-    """Records of the section's split."""
-    data, section = self.context.config.data, self.section
-    return records.Split(data, section.split, section.limit)
-
-  @functools.cached_property
-  def clips(self) -> retrieval_pictures.Clips:
-    """Pictures and names of the split's clips."""
-    return retrieval_pictures.Clips(self.built, self.context.config.data)
 
   def _groups(self) -> np.ndarray:
     """The group of each clip of the split; '' = none."""
@@ -198,20 +182,6 @@ def chosen_ids(subset: str, built: records.Split) -> Bool[np.ndarray, "n"]:
       path, missing, len(wanted), built.name,
     )  # fmt: skip
   return chosen
-
-
-def _scores(prefix: str, ranks: ranking.Ranks) -> dict[str, float]:
-  ways = {
-    "a2v": ranking.scores(ranks.forward, ranks.forward_tied),
-    "v2a": ranking.scores(ranks.backward, ranks.backward_tied),
-  }
-  found = {
-    f"{prefix}{way}_{name}": value
-    for way, values in ways.items()
-    for name, value in values.items()
-  }
-  recalls = [v[f"R{k}"] for v in ways.values() for k in ranking.TOPS]
-  return {**found, f"{prefix}sum_R": sum(recalls)}
 
 
 def _rows(path: pathlib.Path) -> list[list[str]]:

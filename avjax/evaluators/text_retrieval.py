@@ -29,8 +29,7 @@ mode)` -> 'feature' [b q p] of length 1 and, if it can re-rank, 'tokens'
 """
 
 import dataclasses
-import functools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -40,15 +39,12 @@ from absl import logging
 from jaxtyping import Bool, Float, Int
 
 from avjax import parallel, ranking, text_ranking
-from avjax.data import augment, records, text
-from avjax.errors import InputError, lookup
-from avjax.evaluators import retrieval_pictures, text_pictures
-from avjax.evaluators.base import Context, Evaluator
+from avjax.evaluators import text_pictures
+from avjax.evaluators.base import Context
+from avjax.evaluators.captioned import Captioned
 from avjax.evaluators.retrieval import chosen_ids
 from avjax.methods.base import Params
 
-# Mode -> the modalities that its inputs have.
-MODES = {"a": ("audio",), "v": ("video",), "av": ("audio", "video")}
 NEEDED = ("retrieval_modes", "encode_media", "encode_text")
 
 
@@ -96,7 +92,7 @@ class Found:
     return self.reranked.get(mode, self.tables[mode])
 
 
-class TextRetrieval(Evaluator):
+class TextRetrieval(Captioned):
   """Recall of captions and of clips.
 
   Options of the section:
@@ -112,14 +108,11 @@ class TextRetrieval(Evaluator):
   """
 
   def __init__(self, context: Context, section: Any):
-    super().__init__(context, section)
-    method, data = context.method, context.config.data
-    check(method, section, NEEDED)
-    self.tokenizer = text.tokenizer(data)
-    self.modes = chosen_modes(method, data.modality, section.get("modes", ()))
+    modes = section.get("modes", ())
+    super().__init__(context, section, needed=NEEDED, modes=modes)
     self._step = jax.jit(self._features)
     self._tokens = jax.jit(self._media_tokens)
-    self._texts = jax.jit(method.encode_text)
+    self._texts = jax.jit(context.method.encode_text)
     self._match = jax.jit(self._pairs)
 
   def run(self, params: Params, step: int) -> Mapping[str, float]:
@@ -132,7 +125,12 @@ class TextRetrieval(Evaluator):
     values: dict[str, float] = {}
     for prefix, tables in (("", found.tables), ("reranked_", found.reranked)):
       for mode, table in tables.items():
-        values |= scores(prefix, mode, table.ranks)
+        values |= ranking.both_ways(
+          table.ranks,
+          (f"t2{mode}", f"{mode}2t"),
+          prefix=prefix,
+          total=f"{mode}_sum_R",
+        )
     table = next(iter(found.tables.values()))
     values |= {
       "gallery": float(len(found.number)),
@@ -180,63 +178,23 @@ class TextRetrieval(Evaluator):
   # --- Clips and captions ---
 
   def _clips(self, params: Params) -> Clips:
-    parts, left_out = [], 0
-    for batch, _ in self.context.batches(self.section):
-      part = dict(parallel.to_host(self._step(params, batch)))
-      counted = part.pop("counted") & self._chosen(part["number"])
-      kept = counted & part.pop("has") & part["mask"].any(axis=(1, 2))
-      left_out += int((counted & ~kept).sum())
-      parts.append({name: x[kept] for name, x in part.items()})
-    joined = {
-      name: np.concatenate([part[name] for part in parts])
-      for name in (parts[0] if parts else {})
-    }
-    if not len(joined.get("number", ())):
-      raise InputError(
-        f"split {self.section.split!r}: no clip has a caption and the "
-        f"modalities of {', '.join(self.modes)}; {left_out} were left out"
-      )
-    mask = joined.pop("mask")
+    subset = self.section.get("subset", "")
+    chosen = chosen_ids(subset, self.built) if subset else None
+    rows, left_out = self.gather(self._step, params, chosen)
+    number, ids, mask = (rows.pop(name) for name in ("number", "ids", "mask"))
     clip, place = mask.any(axis=-1).nonzero()
-    ids = np.where(mask, joined.pop("ids"), 0)[clip, place]
-    number = joined.pop("number").astype(np.int64)
-    return Clips(number, joined, ids, mask[clip, place], clip, left_out)
-
-  def _chosen(self, number: np.ndarray) -> np.ndarray:
-    if not self.section.get("subset", ""):
-      return np.ones(len(number), bool)
-    inside = number < len(self._subset)
-    return inside & self._subset[np.where(inside, number, 0)]
-
-  @functools.cached_property
-  def _subset(self) -> np.ndarray:
-    return chosen_ids(self.section.subset, self.built)
+    ids = np.where(mask, ids, 0)[clip, place]
+    return Clips(number, rows, ids, mask[clip, place], clip, left_out)
 
   def _features(
     self, params: Params, batch: Mapping[str, jax.Array]
   ) -> dict[str, jax.Array]:
-    ones = jnp.ones(batch["index"].shape[0], bool)
-    has = ones
-    for m in sorted({m for mode in self.modes for m in MODES[mode]}):
-      has &= batch.get(f"has_{m}", ones)
-    found = {
-      "counted": batch.get("valid", ones),
-      "has": has,
-      "number": batch["index"],
-      "ids": batch["text"],
-      "mask": batch["text_mask"],
+    encoded = self.encode_media(params, batch)
+    features = {
+      mode: media["feature"].astype(jnp.float32)
+      for mode, media in encoded.items()
     }
-    for mode, media in self._media(params, batch):
-      found[mode] = media["feature"].astype(jnp.float32)
-    return found
-
-  def _media(
-    self, params: Params, batch: Mapping[str, jax.Array]
-  ) -> Iterator[tuple[str, dict[str, jax.Array]]]:
-    inputs = media_inputs(self.context, batch)
-    for mode in self.modes:
-      own = only(inputs, mode)
-      yield mode, self.context.method.encode_media(params, own, mode)
+    return {**self.facts(batch), **features}
 
   def _encode(
     self, params: Params, ids: np.ndarray, mask: np.ndarray
@@ -295,7 +253,7 @@ class TextRetrieval(Evaluator):
     """Mode -> tokens; without those that the method cannot match."""
     return {
       mode: media["tokens"]
-      for mode, media in self._media(params, batch)
+      for mode, media in self.encode_media(params, batch).items()
       if "tokens" in media
     }
 
@@ -343,25 +301,12 @@ class TextRetrieval(Evaluator):
 
   # --- Pictures ---
 
-  @functools.cached_property
-  def built(self) -> records.Split:
-    """Records of the section's split."""
-    data, section = self.context.config.data, self.section
-    return records.Split(data, section.split, section.limit)
-
-  @functools.cached_property
-  def clips(self) -> retrieval_pictures.Clips:
-    """Pictures and names of the split's clips."""
-    return retrieval_pictures.Clips(self.built, self.context.config.data)
-
   def words(self, found: Found) -> list[str]:
     """The different texts as the model reads them."""
     return [self.tokenizer.decode(row) for row in found.ids]
 
   def _draw(self, found: Found, step: int) -> None:
-    section = self.section
-    data = self.context.config.data.name
-    title = f"{data}, split {section.split}, step {step}"
+    section, title = self.section, self.title(step)
     for mode in self.modes:
       for way, draw in text_pictures.WAYS.items():
         name = f"{section.split}_text_{way.format(mode)}"
@@ -370,94 +315,6 @@ class TextRetrieval(Evaluator):
           title, count=section.pictures,
         )  # fmt: skip
         self.context.picture(name, picture, step)
-
-
-def check(method: Any, section: Any, needed: Sequence[str]) -> None:
-  """Refuses a method or a section that has nothing to do with captions.
-
-  Raises:
-    InputError: names what is missing.
-  """
-  missing = [name for name in needed if not hasattr(method, name)]
-  if missing:
-    raise InputError(
-      f"method {type(method).__name__} has no {', '.join(missing)} for evals "
-      f"of type {section.type!r}"
-    )
-  if section.get("captions", 0) < 1:
-    raise InputError(
-      f"evals of type {section.type!r} need captions of at least 1; it is "
-      f"{section.get('captions', 0)}"
-    )
-  if section.views != 1:
-    raise InputError(
-      f"evals of type {section.type!r} look at the middle of a clip: views is "
-      f"{section.views}, not 1"
-    )
-
-
-def chosen_modes(
-  method: Any, modality: str, names: Sequence[str]
-) -> tuple[str, ...]:
-  """The modes that are evaluated.
-
-  Args:
-    method: with its `retrieval_modes`.
-    modality: of the data.
-    names: those asked for; () = all that the data allow.
-
-  Raises:
-    InputError: the method has no such mode, or the data lack a track of it.
-  """
-  known = {mode: MODES[mode] for mode in method.retrieval_modes}
-  for name in names:
-    lookup(known, name, "mode of retrieval")
-    if not set(name) <= set(modality):
-      raise InputError(
-        f"mode {name!r} of retrieval needs data.modality={name!r} or 'av'; it "
-        f"is {modality!r}"
-      )
-  found = names or [mode for mode in known if set(mode) <= set(modality)]
-  if not found:
-    raise InputError(
-      f"data.modality={modality!r} fits none of the modes of retrieval: "
-      f"{', '.join(known)}"
-    )
-  return tuple(found)
-
-
-def media_inputs(
-  context: Context, batch: Mapping[str, jax.Array]
-) -> dict[str, jax.Array]:
-  """The inputs of a batch without its text."""
-  media = {k: v for k, v in batch.items() if not k.startswith("text")}
-  return context.prepare(media, jax.random.key(0), False)
-
-
-def only(inputs: Mapping[str, jax.Array], mode: str) -> dict[str, jax.Array]:
-  """Inputs without the modalities that a mode does not see."""
-  hidden = [
-    name
-    for modality, names in augment.MIXED.items()
-    if modality not in MODES[mode]
-    for name in names
-  ]
-  return {k: v for k, v in inputs.items() if k not in hidden}
-
-
-def scores(prefix: str, mode: str, ranks: ranking.Ranks) -> dict[str, float]:
-  """Recalls of a mode by name, in both directions."""
-  ways = {
-    f"t2{mode}": ranking.scores(ranks.forward, ranks.forward_tied),
-    f"{mode}2t": ranking.scores(ranks.backward, ranks.backward_tied),
-  }
-  found = {
-    f"{prefix}{way}_{name}": value
-    for way, values in ways.items()
-    for name, value in values.items()
-  }
-  recalls = [v[f"R{k}"] for v in ways.values() for k in ranking.TOPS]
-  return {**found, f"{prefix}{mode}_sum_R": sum(recalls)}
 
 
 def _calls(
