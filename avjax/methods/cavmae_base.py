@@ -5,7 +5,7 @@ parameter of this family; those that no loss reaches are of the group `frozen`.
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -221,3 +221,30 @@ def present(inputs: Inputs, names: Sequence[str]) -> Bool[Array, "b"]:
   flags = [inputs[key] for key in told if key in inputs]
   b = len(next(iter(inputs.values())))
   return jnp.stack([jnp.ones(b, bool), *flags]).all(0)
+
+
+def where_missing(
+  answer: Callable[[str], Float[Array, "b d"]],
+  inputs: Inputs,
+  x: Float[Array, "b d"],
+  others: Mapping[str, str],
+) -> Float[Array, "b d"]:
+  """`x`, by another mode where an example lacks a modality (`has_<m>`).
+
+  Another mode is computed only if the batch has such examples.
+
+  Args:
+    answer: mode -> what it makes of every example.
+    inputs: the flags.
+    x: what the mode of all modalities makes.
+    others: the mode for examples that lack a modality, by modality.
+  """
+  for m, mode in others.items():
+    if f"has_{m}" in inputs:
+      lacks = ~inputs[f"has_{m}"]
+
+      def alone(x=x, lacks=lacks, mode=mode):
+        return jnp.where(lacks[:, None], answer(mode), x)
+
+      x = jax.lax.cond(lacks.any(), alone, lambda x=x: x)
+  return x

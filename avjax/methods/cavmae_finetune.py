@@ -16,19 +16,20 @@ the audio is. Only av trains the unified LayerNorms, and it leaves those of the
 modalities as they were pretrained.
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from avjax.errors import InputError, lookup
 from avjax.methods.base import Inputs, Params
-from avjax.methods.cavmae_base import CAVMethod
+from avjax.methods.cavmae_base import CAVMethod, where_missing
 from avjax.methods.cavmae_config import finetune_model as default_model
 from avjax.methods.supervised import chosen, classify, criterion, objective
 from avjax.nn import heads
-from avjax.nn.cav_encoder import ALONE, INPUTS, MODALITIES, TOGETHER, Pass
+from avjax.nn.cav_encoder import ALONE, MODALITIES, TOGETHER, Pass
 from avjax.optim import FROZEN
 
 __all__ = ["CAVMAEFinetune", "default_model"]
@@ -40,6 +41,8 @@ PASSES: dict[str, list[Pass]] = {
   "missing_v": [("", ("audio",)), ALONE["audio"]],
   "missing_a": [("", ("video",)), ALONE["video"]],
 }
+# By the modality that an example lacks.
+OTHERS = {"audio": "missing_a", "video": "missing_v"}
 MODES = {"av": tuple(PASSES), "a": ("av", "a"), "v": ("av", "v")}
 
 
@@ -109,29 +112,10 @@ class CAVMAEFinetune(CAVMethod):
     lookup(dict.fromkeys(self.modes), mode, "mode of predict")
     pooled = self.pooled(params, inputs, mode)
     if mode == self.modality == "av":
-      for m in INPUTS:
-        if f"has_{m}" in inputs:
-          lacks = ~inputs[f"has_{m}"]
-          pooled = self.replace(params, inputs, pooled, m, lacks)
+      answer = functools.partial(self.pooled, params, inputs)
+      pooled = where_missing(answer, inputs, pooled, OTHERS)
     logits = classify(params["classifier"], pooled)
     return heads.split(logits, self.classes)
-
-  def replace(
-    self,
-    params: Params,
-    inputs: Inputs,
-    pooled: Float[Array, "b d"],
-    m: str,
-    lacks: Bool[Array, "b"],
-  ) -> Float[Array, "b d"]:
-    """`pooled`, by the mode for a missing modality m where it is lacking."""
-
-    def alone():
-      mode = {"audio": "missing_a", "video": "missing_v"}[m]
-      other = self.pooled(params, inputs, mode)
-      return jnp.where(lacks[:, None], other, pooled)
-
-    return jax.lax.cond(lacks.any(), alone, lambda: pooled)
 
   def group(self, path: str) -> str:
     """`head` for the classifier; FROZEN as in `CAVMethod`, or all the rest."""

@@ -9,14 +9,16 @@ labels, else cross-entropy (CAV-MAE); first values of the linear layer as in
 BERT. No label smoothing, mixing or masking of the input is mentioned.
 """
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from avjax.errors import InputError, lookup
 from avjax.methods.base import Inputs, Params
+from avjax.methods.cavmae_base import where_missing
 from avjax.methods.coavt_base import CoAVTMethod, available, pooled
 from avjax.methods.coavt_config import finetune_model as default_model
 from avjax.methods.supervised import chosen, criterion, objective
@@ -24,6 +26,9 @@ from avjax.nn import bert, heads
 from avjax.nn.cav_encoder import MODALITIES
 
 __all__ = ["CoAVTFinetune", "default_model"]
+
+# By the modality that an example lacks.
+OTHERS = {"audio": "v", "video": "a"}
 
 
 class CoAVTFinetune(CoAVTMethod):
@@ -96,25 +101,9 @@ class CoAVTFinetune(CoAVTMethod):
     lookup(dict.fromkeys(self.modes), mode, "mode of predict")
     x = self.pooled(params, inputs, mode)
     if mode == self.modality == "av":
-      for m, other in (("audio", "v"), ("video", "a")):
-        if f"has_{m}" in inputs:
-          x = self.replace(params, inputs, x, other, ~inputs[f"has_{m}"])
+      answer = functools.partial(self.pooled, params, inputs)
+      x = where_missing(answer, inputs, x, OTHERS)
     return heads.split(heads.project(params["classifier"], x), self.classes)
-
-  def replace(
-    self,
-    params: Params,
-    inputs: Inputs,
-    x: Float[Array, "b d"],
-    mode: str,
-    lacks: Bool[Array, "b"],
-  ) -> Float[Array, "b d"]:
-    """`x`, by the other modality's mode where one is lacking."""
-
-    def alone():
-      return jnp.where(lacks[:, None], self.pooled(params, inputs, mode), x)
-
-    return jax.lax.cond(lacks.any(), alone, lambda: x)
 
   def embed(self, params: Params, inputs: Inputs) -> dict[str, jax.Array]:
     """'audio', 'video', 'av' [b d] of what is there: means of the queries."""
