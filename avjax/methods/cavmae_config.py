@@ -40,6 +40,17 @@ def common(size: str) -> dict[str, Any]:
   }
 
 
+def classifier(label_smoothing: float) -> dict[str, Any]:
+  """What every fine-tuned model with this encoder has besides."""
+  return {
+    "modality": "av",  # what is trained: av, a, v
+    "classes": {},  # by head; empty = the data set's
+    "label_smoothing": label_smoothing,
+    # bce: mean over the classes; auto: bce where data.multilabel, else ce.
+    "loss": "auto",
+  }
+
+
 def default_model(size: str = "B", **overrides: Any) -> ConfigDict:
   """`config.model` of pretraining: every key, with the paper's values.
 
@@ -72,11 +83,7 @@ def finetune_model(size: str = "B", **overrides: Any) -> ConfigDict:
   """
   values = {
     **common(size),
-    "modality": "av",  # what is trained: av, a, v
-    "classes": {},  # by head; empty = the data set's
-    "label_smoothing": 0.1,
-    # bce: mean over the classes; auto: bce where data.multilabel, else ce.
-    "loss": "auto",
+    **classifier(label_smoothing=0.1),
     "freeze_base": False,  # train the classifier alone
   }
   return with_overrides(values, overrides)
@@ -89,10 +96,8 @@ def check(model: Any) -> Any:
     InputError: names the key, its value and what is possible.
   """
   check_encoder(model)
-  if "masking" not in model:
-    lookup(MODALITIES, model.modality, "model.modality")
-    lookup(dict.fromkeys(LOSSES), model.loss, "model.loss")
-    return model
+  if "modality" in model:
+    return check_classifier(model)
   lookup(dict.fromkeys(MASKING), model.masking, "model.masking")
   if not (model.mae_weight or model.contrast_weight):
     raise InputError(
@@ -103,6 +108,17 @@ def check(model: Any) -> Any:
       f"model.group_size={model.group_size}: 0 for the global batch, or at "
       "least 2 examples"
     )
+  return model
+
+
+def check_classifier(model: Any) -> Any:
+  """The part of `check` that looks at the keys of `classifier`.
+
+  Raises:
+    InputError: as `check`.
+  """
+  lookup(MODALITIES, model.modality, "model.modality")
+  lookup(dict.fromkeys(LOSSES), model.loss, "model.loss")
   return model
 
 

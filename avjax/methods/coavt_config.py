@@ -73,11 +73,7 @@ def finetune_model(size: str = "B", **overrides: Any) -> ConfigDict:
   """
   values = {
     **_common(size),
-    "modality": "av",  # what is trained: av, a, v
-    "classes": {},  # by head; empty = the data set's
-    "label_smoothing": 0.0,  # none is mentioned
-    # bce: mean over the classes; auto: bce where data.multilabel, else ce.
-    "loss": "auto",
+    **cavmae_config.classifier(label_smoothing=0.0),  # none is mentioned
   }
   return with_overrides(values, overrides)
 
@@ -98,9 +94,7 @@ def check(model: Any) -> Any:
       "that are alike"
     )
   if "modality" in model:
-    lookup(MODALITIES, model.modality, "model.modality")
-    lookup(dict.fromkeys(cavmae_config.LOSSES), model.loss, "model.loss")
-    return model
+    return cavmae_config.check_classifier(model)
   _check_names("modes", model.modes, MODALITIES)
   _check_names("objectives", model.objectives, OBJECTIVES)
   lookup(dict.fromkeys(READINGS), model.matching_loss, "model.matching_loss")
