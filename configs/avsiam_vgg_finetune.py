@@ -39,7 +39,7 @@ from ml_collections import ConfigDict
 
 from avjax import config as config_lib
 from avjax.methods import avsiam_finetune
-from configs import avsiam_audioset, cavmae_audioset
+from configs import avsiam_audioset, cavmae_audioset, cavmae_vgg_finetune
 
 PAPER = {"variant": "base", "encoder": "shared", "modality": "mixed"}
 PAPER |= {"pretrain": "audioset", "epochs": 15}
@@ -76,17 +76,13 @@ def finetuning(args: ConfigDict, rates: Mapping[str, Any]) -> ConfigDict:
   config.init_from = source(args, config.model.size)
   config.data.modality = "av" if args.modality == "mixed" else args.modality
   avsiam_audioset.set_clips(config)
-  augment = config.data.augment
-  augment.update(freq_masks=1, freq_size=48, time_masks=1, time_size=192)
-  augment.update(mixup=10.0, mixup_probability=0.5, mixup_waveform=True)
+  cavmae_vgg_finetune.set_augment(config)
   set_rate(config, rate)
   modes = avsiam_finetune.modes(config.model)
   groups = {avsiam_finetune.HEADS[mode]: rate["head"] for mode in modes}
   groups |= {"multimodal": 1.0} if "av" in modes else {}
   config.optimizer.multipliers = groups
-  test = {"views": 10, "average": "probabilities", "modes": modes}
-  for name, options in (("frame", {"every_epochs": 1.0}), ("test", test)):
-    config.evals[name] = config_lib.eval_section("classification", **options)
+  cavmae_vgg_finetune.set_evals(config, modes)
   return config
 
 

@@ -84,18 +84,28 @@ def finetuning(
   config.data.name = "vggsound"
   config.data.modality = args.modality
   cavmae_audioset.set_clips(config)
+  set_augment(config)
+  cavmae_audioset.set_optimizer(config, base_lr, start=start, step=1)
+  config.optimizer.update(average="epochs", multipliers={"head": head})
+  set_evals(config, modes)
+  return config
+
+
+def set_augment(config: ConfigDict) -> None:
+  """Mixup, and masks over the spectrogram."""
   augment = config.data.augment
   augment.update(freq_masks=1, freq_size=48, time_masks=1, time_size=192)
   augment.update(mixup=10.0, mixup_probability=0.5, mixup_waveform=True)
-  cavmae_audioset.set_optimizer(config, base_lr, start=start, step=1)
-  config.optimizer.update(average="epochs", multipliers={"head": head})
+
+
+def set_evals(config: ConfigDict, modes: tuple[str, ...]) -> None:
+  """One frame after each epoch; ten at the end, in all `modes`."""
   config.evals.frame = config_lib.eval_section(
     "classification", every_epochs=1.0
   )
   config.evals.test = config_lib.eval_section(
     "classification", views=10, average="probabilities", modes=modes
   )
-  return config
 
 
 def shrink(config: ConfigDict) -> ConfigDict:

@@ -29,13 +29,7 @@ from avjax import config as config_lib
 from configs import coavt_audiocaps_finetune as audiocaps
 from configs import coavt_audioset
 
-PAPER = {
-  "variant": "coavt",
-  "modality": "a",
-  "pretrain": "audioset",
-  "queries": 16,
-  "epochs": 15,
-}
+PAPER = {**audiocaps.PAPER, "modality": "a"}
 VARIANTS = {v: {**PAPER, "variant": v} for v in coavt_audioset.MODELS}
 
 

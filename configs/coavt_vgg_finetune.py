@@ -27,15 +27,13 @@ from ml_collections import ConfigDict
 
 from avjax import config as config_lib
 from avjax.methods import coavt_finetune
-from configs import coavt_audiocaps_finetune, coavt_audioset
+from configs import (
+  cavmae_vgg_finetune,
+  coavt_audiocaps_finetune,
+  coavt_audioset,
+)
 
-PAPER = {
-  "variant": "coavt",
-  "modality": "av",
-  "pretrain": "audioset",
-  "queries": 16,
-  "epochs": 15,
-}
+PAPER = coavt_audiocaps_finetune.PAPER
 VARIANTS = {
   v: {**PAPER, "variant": v} for v in ("coavt", "without_v", "vanilla")
 }
@@ -66,12 +64,7 @@ def finetuning(args: ConfigDict) -> ConfigDict:
   config.data.update(name="vggsound", modality=args.modality)
   coavt_audioset.set_optimizer(config, base_lr=8e-5)
   config.schedule.warmup_epochs = 1.0
-  config.evals.frame = config_lib.eval_section(
-    "classification", every_epochs=1.0
-  )
-  config.evals.test = config_lib.eval_section(
-    "classification", views=10, average="probabilities", modes=modes
-  )
+  cavmae_vgg_finetune.set_evals(config, modes)
   return config
 
 
