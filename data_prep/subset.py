@@ -17,10 +17,8 @@ and for AudioSet, whose 345 classes nobody has published, its most frequent:
       --output=audioset.txt
 """
 
-import csv
 import os
 import pathlib
-import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -29,14 +27,11 @@ import numpy as np
 from absl import flags
 
 from avjax import commands
-from avjax.data import records
+from avjax.data import id_list, records
 from avjax.errors import InputError
 from data_prep import stats, tables
 
 _LISTED = 5  # ids without a clip that are printed
-_HEADERS = ("id", "video_id", "youtube_id", "ytid")
-# VGGSound's id is VIDEO_START with six digits; lists have any number of them.
-_TIMED = re.compile(r"(.+)_(\d+)(?:\.\d+)?")
 
 
 def select(
@@ -90,20 +85,13 @@ def read_list(path: pathlib.Path) -> list[str]:
   if text.lstrip()[:1] in ("{", "["):
     ids = _json_ids(path, tables.parse_json(text, path))
   else:
-    # No id begins with '#'. AudioSet's tables have such lines for a header.
-    lines = [n for n in text.splitlines() if not n.lstrip().startswith("#")]
-    rows = csv.reader(lines, skipinitialspace=True)
-    ids = [_table_id(row) for row in rows if row and row[0].strip()]
-    if ids[:1] and ids[0].casefold() in _HEADERS:
+    found = map(id_list.clip_id, id_list.rows(text.splitlines()))
+    ids = [name for name in found if name]
+    if ids[:1] and ids[0].casefold() in id_list.IDS:
       del ids[0]
   if not ids:
     raise InputError(f"{path} holds no id")
   return ids
-
-
-def _table_id(row: Sequence[str]) -> str:
-  first, *rest = (field.strip() for field in row)
-  return f"{first}_{rest[0]}" if rest and rest[0].isdecimal() else first
 
 
 def _json_ids(path: pathlib.Path, content: Any) -> list[str]:
@@ -128,24 +116,19 @@ def look_up(wanted: Iterable[str], built: Iterable[str]) -> dict[str, str]:
   without its start where built ids are videos (AudioSet).
   """
   exact = {name: name for name in built}
-  timed = {_key(name): name for name in exact}
+  timed = {id_list.key(name): name for name in exact}
   videos: dict[str, list[str]] = {}
   for name in exact:
-    videos.setdefault(_key(name)[0], []).append(name)
+    videos.setdefault(id_list.key(name)[0], []).append(name)
   found = {}
   for name in wanted:
-    stem = os.path.splitext(name)[0]
+    own, stem = (id_list.key(n) for n in (name, os.path.splitext(name)[0]))
     alone = videos.get(name, ())
-    match = exact.get(name) or timed.get(_key(name)) or timed.get(_key(stem))
-    match = match or exact.get(_key(name)[0]) or exact.get(_key(stem)[0])
+    match = exact.get(name) or timed.get(own) or timed.get(stem)
+    match = match or exact.get(own[0]) or exact.get(stem[0])
     if match or len(alone) == 1:
       found[name] = match or alone[0]
   return found
-
-
-def _key(name: str) -> tuple[str, int]:
-  match = _TIMED.fullmatch(name)
-  return (match[1], int(match[2])) if match else (name, -1)
 
 
 def usable(split: records.Split) -> tuple[list[str], list[list[int]]]:

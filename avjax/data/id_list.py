@@ -39,32 +39,48 @@ def read(path: str | pathlib.Path) -> list[str]:
     lines = path.read_text(encoding="utf-8-sig").splitlines()
   except (OSError, UnicodeDecodeError) as error:
     raise InputError(f"{path} cannot be read: {error}") from error
-  lines = [line for line in lines if not line.lstrip().startswith("#")]
-  rows = [
-    [field.strip() for field in row]
-    for row in csv.reader(lines, skipinitialspace=True)
-    if row
-  ]
+  table = rows(lines)
   of_id, of_start = 0, 1
-  names = [field.casefold() for field in rows[0]] if rows else []
+  names = [field.casefold() for field in table[0]] if table else []
   known = [name for name in IDS if name in names]
   if known:
     of_id = names.index(known[0])
     of_start = next((names.index(n) for n in STARTS if n in names), len(names))
-    del rows[0]
-  ids = [_id(row, of_id, of_start) for row in rows]
+    del table[0]
+  ids = [clip_id(row, of_id, of_start) for row in table]
   if not any(ids):
     raise InputError(f"{path} holds no id")
   return [name for name in ids if name]
 
 
-def _id(row: Sequence[str], of_id: int, of_start: int) -> str:
+def rows(lines: Iterable[str]) -> list[list[str]]:
+  """Fields of a table without its empty lines and those that begin with '#'.
+
+  No id begins with '#'; AudioSet's tables have such lines for a header.
+  """
+  kept = [line for line in lines if not line.lstrip().startswith("#")]
+  return [
+    [field.strip() for field in row]
+    for row in csv.reader(kept, skipinitialspace=True)
+    if row
+  ]
+
+
+def clip_id(row: Sequence[str], of_id: int = 0, of_start: int = 1) -> str:
+  """VIDEO_START where the row has a whole number for its start, else its id.
+
+  Args:
+    row: fields; may be short, '' is returned for an id that is not there.
+    of_id: column of the id.
+    of_start: column of the start.
+  """
   name = row[of_id] if of_id < len(row) else ""
   start = row[of_start] if of_start < len(row) else ""
   return f"{name}_{start}" if name and start.isdecimal() else name
 
 
-def _key(name: str) -> tuple[str, int]:
+def key(name: str) -> tuple[str, int]:
+  """(video, start in seconds) of a clip's name; a start of -1 = none."""
   match = _TIMED.fullmatch(name)
   return (match[1], int(match[2])) if match else (name, -1)
 
@@ -82,13 +98,13 @@ def named(
   Returns:
     Whether each clip is named, and how many ids of the list name none.
   """
-  known = {name: (name, *_key(name)) for name in listed}
+  known = {name: (name, *key(name)) for name in listed}
   exact = set(known)
   timed = {(video, start) for _, video, start in known.values() if start >= 0}
   videos = {video for video, _ in timed}
   found, hits = [], set()
   for name in ids:
-    video, start = _key(name)
+    video, start = key(name)
     if name in exact or name in videos:
       hit = name
     elif (video, start) in timed:
