@@ -19,7 +19,6 @@ model ranks better than the first by the largest factor, and those drawn at
 random, the same with every call, which show the usual case.
 """
 
-import csv
 import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -27,10 +26,11 @@ from typing import Any
 
 import numpy as np
 from absl import flags, logging
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 
 from avjax import (
   commands,
+  compare_ranks,
   compare_text,
   embedding_map,
   evaluate,
@@ -47,8 +47,6 @@ from avjax.evaluators import retrieval_pictures as pictures
 from avjax.evaluators.base import Context
 from avjax.evaluators.embeddings import class_numbers
 from avjax.evaluators.retrieval import DIRECTIONS, Pairs, Retrieval
-
-SEED = 0  # of the queries at random
 
 
 @dataclasses.dataclass(frozen=True)
@@ -186,32 +184,6 @@ def check(models: Sequence[Ranked]) -> None:
       )
 
 
-def choose(
-  first: Float[np.ndarray, "b"], last: Float[np.ndarray, "b"], count: int
-) -> list[tuple[str, int]]:
-  """(sort, query) of at most `count` queries.
-
-  Half of them (rounded down) are drawn at random from all; the others are
-  those with the largest factor between the two ranks, if it is above 1.
-
-  Args:
-    first: ranks by the first model.
-    last: ranks by the last model.
-    count: of both sorts together.
-  """
-  random = np.random.default_rng(SEED).choice(
-    len(first), min(count // 2, len(first)), replace=False
-  )
-  better = first > last
-  factor = np.divide(first, last, out=np.zeros_like(first), where=better)
-  factor[random] = 0.0
-  order = np.argsort(-factor, kind="stable")[: count - len(random)]
-  return [
-    *(("improved most", int(query)) for query in order if factor[query] > 0),
-    *(("at random", int(query)) for query in random),
-  ]
-
-
 def draw(
   models: Sequence[Ranked], way: str, *, count: int, top: int
 ) -> plots.Picture:
@@ -220,7 +192,7 @@ def draw(
   top = min(top, len(shown.ids))
   names = [pictures.shortened(model.name) for model in models]
   rows = []
-  chosen = choose(models[0].ranks[way], shown.ranks[way], count)
+  chosen = compare_ranks.choose(models[0].ranks[way], shown.ranks[way], count)
   for sort, query in chosen:
     lines = [sort, "", "rank of its own", f"among {len(shown.ids)}:", ""]
     cells = [pictures.asking(way, shown.clips, int(shown.pairs.number[query]))]
@@ -274,14 +246,9 @@ def same_class(model: Ranked, way: str) -> str:
   return "" if np.isnan(share) else f"{share:.3f}"
 
 
-def ahead(
-  models: Sequence[Ranked], way: str
-) -> Mapping[str, Bool[np.ndarray, "b"]]:
-  """Name -> where this model alone has the best rank."""
-  ranks = np.stack([model.ranks[way] for model in models])
-  best = ranks == ranks.min(axis=0)
-  alone = best & (best.sum(axis=0) == 1)
-  return {model.name: alone[i] for i, model in enumerate(models)}
+def ranks_of(models: Sequence[Ranked]) -> dict[str, Float[np.ndarray, "m b"]]:
+  """Direction -> ranks by model."""
+  return {way: np.stack([m.ranks[way] for m in models]) for way in DIRECTIONS}
 
 
 def table(models: Sequence[Ranked]) -> str:
@@ -290,46 +257,29 @@ def table(models: Sequence[Ranked]) -> str:
   Recalls, how often the first that is found has the query's class, and in how
   many queries the model alone is ahead.
   """
-  tops = [f"R@{top}" for top in ranking.TOPS]
-  lines = [
-    f"| direction | model | {' | '.join(tops)} | first of its class | ahead |",
-    "|---" * (len(tops) + 4) + "|",
-  ]
-  count = len(models[0].ids)
-  for way in DIRECTIONS:
-    alone = ahead(models, way)
-    for model in models:
-      recalls = [f"{(model.ranks[way] <= k).mean():.3f}" for k in ranking.TOPS]
-      lines.append(
-        f"| {way} | {model.name} | {' | '.join(recalls)} | "
-        f"{same_class(model, way)} | {alone[model.name].sum()} of {count} |"
-      )
-  return "\n".join([*lines, ""])
+  return compare_ranks.table(
+    [model.name for model in models],
+    ranks_of(models),
+    "first of its class",
+    {way: [same_class(m, way) for m in models] for way in DIRECTIONS},
+  )
 
 
 def write(
   models: Sequence[Ranked], output: Any, *, count: int, top: int, classes: int
 ) -> str:
   """Writes the files into a folder; returns `table`."""
-  output = pathlib.Path(output).expanduser()
-  output.mkdir(parents=True, exist_ok=True)
-  with (output / "comparison.csv").open("w", newline="") as file:
-    writer = csv.writer(file)
-    writer.writerow(["id", "direction", *(model.name for model in models)])
-    for way in DIRECTIONS:
-      for query, name in enumerate(models[0].ids):
-        places = [f"{model.ranks[way][query]:.0f}" for model in models]
-        writer.writerow([name, way, *places])
-  text = table(models)
-  (output / "comparison.md").write_text(text)
+  names, text = [model.name for model in models], table(models)
+  ids = dict.fromkeys(DIRECTIONS, models[0].ids)
+  folder = compare_ranks.write(output, names, ids, ranks_of(models), text)
   for way in DIRECTIONS:
     picture = draw(models, way, count=count, top=top)
-    plots.save(output / f"comparison_{way}.png", picture)
+    plots.save(folder / f"comparison_{way}.png", picture)
   picture = draw_map(models, classes)
   if picture is None:
     logging.warning("no map: fewer than two clips have a class")
   else:
-    plots.save(output / "comparison_map.png", picture)
+    plots.save(folder / "comparison_map.png", picture)
   return text
 
 
@@ -382,7 +332,7 @@ def compare(
       f"the evaluation {kind!r} of {', '.join(paths)} is of different types"
     )
   if isinstance(models[0], compare_text.Ranked):
-    return compare_text.write(models, output, choose, count=count, top=top)
+    return compare_text.write(models, output, count=count, top=top)
   check(models)
   return write(models, output, count=count, top=top, classes=classes)
 

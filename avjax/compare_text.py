@@ -16,22 +16,18 @@ Re-ranked where the model can; the clips are chosen as for `avjax.compare`. Of
 the modes that all models have, the one that sees most is compared.
 """
 
-import csv
 import dataclasses
-import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from jaxtyping import Float
 
-from avjax import plots, ranking
+from avjax import compare_ranks, plots
 from avjax.errors import InputError
 from avjax.evaluators import text_pictures
 from avjax.evaluators.retrieval_pictures import Clips
 from avjax.evaluators.text_retrieval import Found, TextRetrieval
-
-Choose = Callable[[np.ndarray, np.ndarray, int], list[tuple[str, int]]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,13 +108,13 @@ def _short(x: Sequence[str]) -> str:
 
 
 def draw(
-  models: Sequence[Ranked], mode: str, choose: Choose, *, count: int, top: int
+  models: Sequence[Ranked], mode: str, *, count: int, top: int
 ) -> plots.Picture:
   """Clips that ask, and the first captions of every model beside them."""
   last, way = models[-1], f"{mode}2t"
   ranks = [model.ranks(mode)[way] for model in models]
   rows = []
-  for sort, clip in choose(ranks[0], ranks[-1], count):
+  for sort, clip in compare_ranks.choose(ranks[0], ranks[-1], count):
     number = int(last.found.number[clip])
     places = [
       f"{model.name} {rank[clip]:g}"
@@ -139,30 +135,30 @@ def draw(
   )
 
 
+def ranks_of(
+  models: Sequence[Ranked], mode: str
+) -> dict[str, Float[np.ndarray, "m _"]]:
+  """Direction -> ranks by model."""
+  found = [model.ranks(mode) for model in models]
+  return {way: np.stack([ranks[way] for ranks in found]) for way in found[0]}
+
+
 def table(models: Sequence[Ranked], mode: str) -> str:
-  """Markdown by direction and model."""
-  tops = [f"R@{top}" for top in ranking.TOPS]
-  lines = [
-    f"| direction | model | {' | '.join(tops)} | re-ranked | ahead |",
-    "|---" * (len(tops) + 4) + "|",
-  ]
-  for way in (f"t2{mode}", f"{mode}2t"):
-    ranks = np.stack([model.ranks(mode)[way] for model in models])
-    best = ranks == ranks.min(axis=0)
-    alone = best & (best.sum(axis=0) == 1)
-    for model, rank, ahead in zip(models, ranks, alone, strict=True):
-      recalls = [f"{(rank <= top).mean():.3f}" for top in ranking.TOPS]
-      how = "yes" if mode in model.found.reranked else "no"
-      lines.append(
-        f"| {way} | {model.name} | {' | '.join(recalls)} | {how} | "
-        f"{ahead.sum()} of {len(rank)} |"
-      )
+  """Markdown by direction and model; see `compare_ranks.table`."""
+  ranks = ranks_of(models, mode)
+  how = ["yes" if mode in model.found.reranked else "no" for model in models]
+  text = compare_ranks.table(
+    [model.name for model in models],
+    ranks,
+    "re-ranked",
+    dict.fromkeys(ranks, how),
+  )
   clips, captions = len(models[0].ids), len(text_of(models[0]))
-  return "\n".join([*lines, "", f"{clips} clips, {captions} captions.", ""])
+  return f"{text}\n{clips} clips, {captions} captions.\n"
 
 
 def write(
-  models: Sequence[Ranked], output: Any, choose: Choose, *, count: int, top: int
+  models: Sequence[Ranked], output: Any, *, count: int, top: int
 ) -> str:
   """Writes the files into a folder; returns `table`.
 
@@ -170,22 +166,13 @@ def write(
     InputError: see `common_mode`.
   """
   mode = common_mode(models)
-  output = pathlib.Path(output).expanduser()
-  output.mkdir(parents=True, exist_ok=True)
-  first = models[0]
-  asked = {
+  first, names = models[0], [model.name for model in models]
+  ids = {
     f"t2{mode}": [first.ids[k] for k in first.found.tables[mode].clip],
     f"{mode}2t": first.ids,
   }
-  with (output / "comparison.csv").open("w", newline="") as file:
-    writer = csv.writer(file)
-    writer.writerow(["id", "direction", *(model.name for model in models)])
-    for way, ids in asked.items():
-      ranks = [model.ranks(mode)[way] for model in models]
-      for query, name in enumerate(ids):
-        writer.writerow([name, way, *(f"{rank[query]:g}" for rank in ranks)])
   text = table(models, mode)
-  (output / "comparison.md").write_text(text)
-  picture = draw(models, mode, choose, count=count, top=top)
-  plots.save(output / f"comparison_{mode}2t.png", picture)
+  folder = compare_ranks.write(output, names, ids, ranks_of(models, mode), text)
+  picture = draw(models, mode, count=count, top=top)
+  plots.save(folder / f"comparison_{mode}2t.png", picture)
   return text

@@ -9,7 +9,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
-from avjax import compare, evaluate, experiment, initialise
+from avjax import compare, compare_ranks, evaluate, experiment, initialise
 from avjax import config as config_lib
 from avjax.checkpoint import Checkpoints
 from avjax.errors import InputError
@@ -34,20 +34,20 @@ def ranked(name, ranks, ids=("a", "b", "c"), data=("set", "test")):
 def test_queries_that_improved_and_others_at_random():
   first = np.array([10.0, 90.0, 5.0, 2.0, INF, INF, 1.0, 8.0])
   last = np.array([1.0, 45.0, 5.0, 3.0, 7.0, INF, 1.0, 2.0])
-  chosen = compare.choose(first, last, 6)
+  chosen = compare_ranks.choose(first, last, 6)
   random = [query for sort, query in chosen if sort == "at random"]
   improved = [query for sort, query in chosen if sort == "improved most"]
   assert len(random) == 3 and len(set(random)) == 3
   # By factor, infinite ranks of the first before all; none of them twice.
   order = [4, 0, 7, 1]
   assert improved == [query for query in order if query not in random][:3]
-  assert compare.choose(first, last, 6) == chosen
-  assert compare.choose(first, last, 1) == [("improved most", 4)]
+  assert compare_ranks.choose(first, last, 6) == chosen
+  assert compare_ranks.choose(first, last, 1) == [("improved most", 4)]
   # Nothing improves: random ones alone, and never more than there are.
-  assert [sort for sort, _ in compare.choose(last, first + 1, 4)] == (
+  assert [sort for sort, _ in compare_ranks.choose(last, first + 1, 4)] == (
     ["at random"] * 2
   )
-  assert len(compare.choose(first, last, 100)) == 8
+  assert len(compare_ranks.choose(first, last, 100)) == 8
 
 
 def test_recalls_and_who_is_ahead():
@@ -58,9 +58,8 @@ def test_recalls_and_who_is_ahead():
     "| a2v | two | 0.333 | 0.667 | 0.667 |  | 2 of 3 |",
   ]
   third = ranked("three", [1, 2, 20])
-  assert compare.ahead([*models, third], "a2v")["two"].tolist() == [
-    False, False, True,
-  ]  # fmt: skip
+  ranks = compare.ranks_of([*models, third])["a2v"]
+  assert compare_ranks.ahead(ranks)[1].tolist() == [False, False, True]
 
 
 def test_models_of_other_clips_are_refused():
