@@ -33,12 +33,64 @@ def xla_flags(devices=1):
   return " ".join(found)
 
 
-def stage(name, argument="demo", **overrides):
-  """One stage of configs/<name>.py at test size, ready for the trainer."""
+def load(name, argument=""):
+  """configs/<name>.py, of several stages the first."""
   config = importlib.import_module(f"configs.{name}").get_config(argument)
   if config.stages:
     config = config[config.stages[0]].copy_and_resolve_references()
-  return shrink(config, **overrides)
+  return config
+
+
+def value(config, path):
+  """Of a config's key such as data.video.size."""
+  for key in path.split("."):
+    config = config[key]
+  return config
+
+
+def inputs(config, batch_size=2):
+  """ShapeDtypeStructs of what a method is given."""
+  # Not before conftest.py has installed its checks.
+  from avjax.data import augment, pipeline
+
+  shapes = pipeline.batch_shapes(config.data, batch_size)
+  batch = {k: jax.ShapeDtypeStruct(*shape) for k, shape in shapes.items()}
+  return jax.eval_shape(
+    lambda b: augment.prepare(b, config.data, jax.random.key(0), True), batch
+  )
+
+
+def params(config):
+  """The parameters' shapes."""
+  # Not before conftest.py has installed its checks.
+  from avjax import methods
+
+  init = methods.make(config).init
+  return jax.eval_shape(init, jax.random.key(0), inputs(config))
+
+
+def assert_fits(config):
+  """It survives being written, and suits its method and optimiser."""
+  # Not before conftest.py has installed its checks.
+  from avjax import config as config_lib
+  from avjax import methods, optim
+
+  written = config_lib.plain(config)
+  assert config_lib.plain(config_lib.from_plain(written)) == written
+  method = methods.make(config)
+  # Refuses multipliers of groups that are not there.
+  optim.make(
+    config.optimizer,
+    lambda _: 0.0,
+    params(config),
+    method.param_info,
+    method.num_layers,
+  )
+
+
+def stage(name, argument="demo", **overrides):
+  """One stage of configs/<name>.py at test size, ready for the trainer."""
+  return shrink(load(name, argument), **overrides)
 
 
 # A rate that does not depend on the number of steps, and so leaves programs

@@ -1,15 +1,12 @@
 """AVSiam's configs: arguments, values of tables 9 to 11, sizes and rates."""
 
-import importlib
-
 import jax
 import numpy as np
 import pytest
 
-from avjax import config as config_lib
 from avjax import methods, optim
 from avjax.errors import InputError
-from tests.test_cavmae_configs import inputs, value
+from tests.runs import assert_fits, load, params, value
 
 FINETUNE = (
   "avsiam_vgg_finetune", "avsiam_as20k_finetune", "avsiam_as2m_finetune",
@@ -25,29 +22,11 @@ ARGUMENTS = {
 }
 
 
-def load(name, arg=""):
-  return importlib.import_module(f"configs.{name}").get_config(arg)
-
-
-def params(config):
-  """The parameters' shapes."""
-  method = methods.make(config)
-  return jax.eval_shape(method.init, jax.random.key(0), inputs(config))
-
-
 @pytest.mark.parametrize(
   "name, arg", [(n, a) for n, args in ARGUMENTS.items() for a in args]
 )
 def test_arguments_resolve_and_fit_the_method(name, arg):
-  config = load(name, arg)
-  found = params(config)
-  again = config_lib.from_plain(config_lib.plain(config))
-  assert config_lib.plain(again) == config_lib.plain(config)
-  method = methods.make(config)
-  # Refuses multipliers of groups that are not there.
-  optim.make(
-    config.optimizer, lambda _: 0.0, found, method.param_info, method.num_layers
-  )
+  assert_fits(load(name, arg))
 
 
 # --- Numbers of the paper and the public scripts -----------------------------

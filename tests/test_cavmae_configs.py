@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from avjax import config as config_lib
 from avjax import methods, optim
-from avjax.data import augment, pipeline
+from avjax.data import pipeline
 from avjax.errors import InputError
+from tests.runs import assert_fits, inputs, load, value
 
 PRETRAIN = ("cavmae_audioset", "cavmae_vgg")
 FINETUNE = (
@@ -31,45 +31,11 @@ ARGUMENTS = {
 }  # fmt: skip
 
 
-def load(name, arg=""):
-  """The first stage."""
-  config = importlib.import_module(f"configs.{name}").get_config(arg)
-  if config.stages:
-    config = config[config.stages[0]].copy_and_resolve_references()
-  return config
-
-
-def value(config, path):
-  for key in path.split("."):
-    config = config[key]
-  return config
-
-
-def inputs(config, batch_size=2):
-  """ShapeDtypeStructs of what a method is given."""
-  batch = {
-    key: jax.ShapeDtypeStruct(shape, dtype)
-    for key, (shape, dtype) in pipeline.batch_shapes(
-      config.data, batch_size
-    ).items()
-  }
-  return jax.eval_shape(
-    lambda b: augment.prepare(b, config.data, jax.random.key(0), True), batch
-  )
-
-
 @pytest.mark.parametrize(
   "name, arg", [(n, a) for n, args in ARGUMENTS.items() for a in args]
 )
 def test_arguments_resolve_and_fit_the_method(name, arg):
-  config = load(name, arg)
-  method = methods.make(config)
-  given = inputs(config)
-  jax.eval_shape(method.init, jax.random.key(0), given)
-  again = config_lib.from_plain(config_lib.plain(config))
-  assert config_lib.plain(again) == config_lib.plain(config)
-  for group in config.optimizer.multipliers:
-    assert group == method.param_info("classifier/out/kernel").group
+  assert_fits(load(name, arg))
 
 
 # --- Numbers of the paper and the public scripts -----------------------------

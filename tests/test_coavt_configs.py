@@ -1,14 +1,11 @@
 """CoAVT's configs: arguments, published values, sizes and rates."""
 
-import importlib
-
 import jax
 import pytest
 
-from avjax import config as config_lib
 from avjax import methods, optim
 from avjax.errors import InputError
-from tests.test_cavmae_configs import inputs, value
+from tests.runs import assert_fits, inputs, load, params, value
 
 ARGUMENTS = {
   "coavt_audioset": (
@@ -26,16 +23,6 @@ ARGUMENTS = {
 }  # fmt: skip
 
 
-def load(name, arg=""):
-  return importlib.import_module(f"configs.{name}").get_config(arg)
-
-
-def params(config):
-  """The parameters' shapes."""
-  method = methods.make(config)
-  return jax.eval_shape(method.init, jax.random.key(0), inputs(config))
-
-
 def count(tree):
   return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
@@ -44,14 +31,7 @@ def count(tree):
   "name, arg", [(n, a) for n, args in ARGUMENTS.items() for a in args]
 )
 def test_arguments_resolve_and_fit_the_method(name, arg):
-  config = load(name, arg)
-  found = params(config)
-  again = config_lib.from_plain(config_lib.plain(config))
-  assert config_lib.plain(again) == config_lib.plain(config)
-  method = methods.make(config)
-  optim.make(
-    config.optimizer, lambda _: 0.0, found, method.param_info, method.num_layers
-  )
+  assert_fits(load(name, arg))
 
 
 # --- Numbers of the paper ----------------------------------------------------
