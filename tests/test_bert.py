@@ -9,8 +9,7 @@ import pytest
 
 from avjax import trees
 from avjax.errors import InputError
-from avjax.nn import bert, sizes
-from avjax.nn.transformer import stack_layers, unstack_layers
+from avjax.nn import bert, bert_block, sizes
 from tests import qformer_golden as made
 
 LAYOUT = "coavt"
@@ -103,19 +102,20 @@ def outputs(layout):
     options = COMPILED[layout]
     module, inputs = made.module(layout, **options), made.inputs()
     params = jax.tree.map(jnp.float64, made.params(layout))
-    stacked = stack_layers(params) if module.scan else params
-    check_shapes(module, stacked, inputs)
+    convert = bert.stacked if module.scan else dict
+    check_shapes(module, convert(params), inputs)
     length = inputs[0].shape[1]
     enc_mask = jnp.arange(length) < jnp.array([[length], [7], [11], [11]])
 
     def total(params):
+      params = convert(params)
       found = losses(module, params, *inputs)
       masked, _ = apply(module, params, "query", inputs[0], enc_mask)
       return found["total_loss"], found | {"query_out_encmask": masked}
 
     grad = jax.jit(jax.grad(total, has_aux=True))
-    grads, found = grad(stacked)
-    return jax.tree.map(np.asarray, (found, unstack_layers(grads)))
+    grads, found = grad(params)
+    return jax.tree.map(np.asarray, (found, grads))
 
 
 def check_shapes(module, params, inputs):
@@ -200,7 +200,7 @@ def small(**options):
   """A golden model in float32, its parameters and inputs."""
   params = jax.tree.map(jnp.float32, made.params(LAYOUT))
   module = made.module(LAYOUT, jnp.float32, **options)
-  params = stack_layers(params) if module.scan else params
+  params = bert.stacked(params) if module.scan else params
   return module, params, made.inputs("f4")
 
 
@@ -225,6 +225,41 @@ def test_words_by_steps_are_the_public_ones(layout):
   np.testing.assert_allclose(
     logits, whole(cache, ids, mask)[:, -1], **made.FLOAT32
   )
+
+
+@pytest.mark.parametrize("layout", made.LAYOUTS)
+def test_what_pairs_share_is_computed_once_with_the_same_result(layout):
+  scan = {"scan": True} if layout == "coavt" else {}
+  module = made.module(layout, jnp.float32, **scan)
+  params = jax.tree.map(jnp.float32, made.params(layout))
+  params = bert.stacked(params) if scan else params
+  enc, ids, mask = made.inputs("f4")
+  more = enc[:, :5] * 0.5
+  # Two pairs of each clip with `enc`, the second with the next text; one with
+  # `more`.
+  texts = jnp.stack([jnp.arange(4), (jnp.arange(4) + 1) % 4, jnp.arange(4)], 1)
+  texts = texts.reshape(-1)
+
+  @jax.jit
+  def run():
+    call = functools.partial(apply, module, params)
+    seen = bert_block.both(call("look", enc), call("look", more))
+    found = call(
+      "match", seen, ids, mask, times=(2, 1), expand=lambda x: x[texts]
+    )
+    alone = [call("match", x, ids[texts], mask[texts]) for x in (
+      jnp.repeat(enc, 3, axis=0), jnp.repeat(more, 3, axis=0)
+    )]  # fmt: skip
+    expected = jnp.where((jnp.arange(12) % 3 < 2)[:, None, None], *alone)
+    out, cache = call("query", (enc, more))
+    words = call("language", cache, ids, mask, repeats=2)
+    twice = [jnp.repeat(x, 2, axis=0) for x in (ids, mask)]
+    pairs = [(found, expected), (words, call("language", cache, *twice))]
+    pairs += [(call("first", ids, mask), call("text", ids, mask)[:, 0])]
+    return [*pairs, (call("query", seen)[0], out)]
+
+  for found, expected in run():
+    np.testing.assert_allclose(found, expected, **made.FLOAT32)
 
 
 def test_dropout_draws_anew_and_trains_only():

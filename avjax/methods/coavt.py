@@ -48,6 +48,7 @@ from avjax.methods.coavt_objectives import (
 from avjax.methods.coavt_retrieval import Retrieval
 from avjax.nn import bert, masking
 from avjax.nn.bert import QueryEncoder
+from avjax.nn.bert_block import both
 from avjax.nn.cav_encoder import INPUTS
 from avjax.nn.masking import Keys
 
@@ -87,7 +88,7 @@ class CoAVT(Retrieval):
     rng, key = jax.random.split(rng)
 
     def text_alone(module, _, ids, mask):
-      return module.project("text", module.text(ids, mask)[:, 0])
+      return module.project("text", module.first(ids, mask))
 
     params = self.draw_encoders(rng, inputs, text_alone)
     shape = (self.size.width, self.model.projection)
@@ -120,10 +121,13 @@ class CoAVT(Retrieval):
       {"train": True, "rngs": {"dropout": key}}
       for key in jax.random.split(drop, 4)
     ]
-    text = self.run(params, QueryEncoder.text, ids, mask, **train[0])
-    text = self.run(params, QueryEncoder.project, "text", text[:, 0])
+    text = self.run(params, QueryEncoder.first, ids, mask, **train[0])
+    text = self.run(params, QueryEncoder.project, "text", text)
     media = self.tokens(params, inputs, self.trained, self.draw(inputs, masks))
-    feature, cache = self.feature(params, tuple(media), **train[1])
+    media = seen = tuple(media)
+    if self.model.query_encoder:
+      seen = self.run(params, QueryEncoder.look, media)
+    feature, cache = self.feature(params, seen, **train[1])
     logits = jax.vmap(similarity, (1, None))(feature, text)
     logits = logits / self.temperature(params)
     equal, here = equal_texts(ids, mask), mask.any(1)
@@ -136,7 +140,7 @@ class CoAVT(Retrieval):
     if "matching" in self.model.objectives:
       keys = example_keys(inputs, draws)
       found |= self.matching(
-        params, media, logits, ids, mask, equal, counted, keys, train[2]
+        params, media, seen, logits, ids, mask, equal, counted, keys, train[2]
       )
     if "language" in self.model.objectives:
       found |= self.language(params, cache, ids, mask, counted, train[3])
@@ -165,6 +169,7 @@ class CoAVT(Retrieval):
     self,
     params: Params,
     media: Sequence[Float[Array, "b _ w"]],
+    seen: bert.Looked,
     logits: Float[Array, "m b b"],
     ids: Int[Array, "b l"],
     mask: Bool[Array, "b l"],
@@ -181,6 +186,7 @@ class CoAVT(Retrieval):
     Args:
       params: of the whole model.
       media: tokens of the clips by mode.
+      seen: of `QueryEncoder.look` at them.
       logits: similarity / temperature.
       ids, mask: words of the texts.
       equal: pairs of equal texts.
@@ -194,18 +200,20 @@ class CoAVT(Retrieval):
     drawn = jax.vmap(hard_negatives)
     texts, some = drawn(logits, allowed, keys[0])
     clips, _ = drawn(logits.swapaxes(1, 2), allowed, keys[1])
-    tokens = tuple(
-      rearrange(jnp.stack((x, x[other], x)), "p b s w -> (b p) s w")
-      for x, other in zip(media, clips, strict=True)
-    )
+    m, b = texts.shape
+    others = tuple(x[i] for x, i in zip(media, clips, strict=True))
+    others = self.run(params, QueryEncoder.look, others)
 
-    def words(x):
-      own = jnp.broadcast_to(x, (len(media), *x.shape))
-      pairs = jnp.stack((own, own, x[texts]))
-      return rearrange(pairs, "p m b l -> (b p m) l")
-
-    out = self.judged(params, tokens, words(ids), words(mask), **options)
-    out = rearrange(out, "(b p m) q k -> m b p q k", p=3, m=len(media))
+    # Each clip with its own and the drawn text; then the drawn clips.
+    out = self.judged(
+      params, both(seen, others), ids, mask,
+      times=(2,) * m + (1,) * m,
+      expand=functools.partial(pairs, drawn=texts), **options,
+    )  # fmt: skip
+    out = out.reshape(b, 3 * m, *out.shape[1:])
+    first = rearrange(out[:, : 2 * m], "b (m p) q k -> m b p q k", p=2)
+    other = rearrange(out[:, 2 * m :], "b m q k -> m b 1 q k")
+    out = jnp.concatenate([first, other], axis=2)
     matched = jnp.broadcast_to(jnp.arange(3) == 0, out.shape[:3])
     loss = matching(out, matched, self.model.matching_loss).mean(2)
     answer = out.mean(3)
@@ -228,9 +236,23 @@ class CoAVT(Retrieval):
   ) -> Found:
     """Equation 5, of each mode; arguments as of `matching`."""
     times = len(counted)
-    words = [jnp.repeat(x, times, axis=0) for x in (ids, mask)]
-    logits = self.run(params, QueryEncoder.language, cache, *words, **options)
+    options = {**options, "repeats": times}
+    logits = self.run(
+      params, QueryEncoder.language, cache, ids, mask, **options
+    )
     logits = rearrange(logits, "(b m) l k -> m b l k", m=times)
     one = functools.partial(language, smoothing=self.model.label_smoothing)
     kept = mask & counted[..., None]
     return {"language": jax.vmap(one, (0, None, 0))(logits, ids, kept)}
+
+
+def pairs(x: Array, drawn: Int[Array, "m b"]) -> Array:
+  """Rows of the texts [b …] -> of the pairs [b 3m …] -> [3bm …].
+
+  For each example its own and the drawn text of every mode, then its own again
+  for every mode.
+  """
+  own = jnp.broadcast_to(x, (len(drawn), *x.shape))
+  first = rearrange(jnp.stack((own, x[drawn])), "p m b ... -> b (m p) ...")
+  rows = jnp.concatenate([first, own.swapaxes(0, 1)], axis=1)
+  return rows.reshape(-1, *x.shape[1:])

@@ -23,7 +23,6 @@ from avjax.methods.supervised import chosen
 from avjax.nn import bert, sizes
 from avjax.nn.bert import Cache, QueryEncoder
 from avjax.nn.cav_encoder import ALONE, INPUTS, MODALITIES, TOGETHER, Ids, Pass
-from avjax.nn.transformer import stack_layers
 from avjax.optim import FROZEN
 from avjax.weights.bert import start
 
@@ -79,7 +78,7 @@ class CoAVTMethod(CAVMethod):
     """
     rngs = more.pop("rngs", None)
     own = params[QUERY]
-    own = stack_layers(own) if self.model.scan else own
+    own = bert.stacked(own) if self.model.scan else own
     module = self.query_encoder()
     return module.apply(
       {"params": own}, *args, method=method, rngs=rngs, **more
@@ -138,7 +137,7 @@ class CoAVTMethod(CAVMethod):
     return {**params, QUERY: own}
 
   def asked(
-    self, params: Params, tokens: bert.Encoded, **more: Any
+    self, params: Params, tokens: bert.Encoded | bert.Looked, **more: Any
   ) -> tuple[Float[Array, "_ q d"], Cache]:
     """Q_X and what language modelling needs of that pass."""
     return self.run(params, QueryEncoder.query, tokens, **more)

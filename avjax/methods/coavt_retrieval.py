@@ -46,20 +46,21 @@ class Retrieval(CoAVTMethod):
   def feature(
     self,
     params: Params,
-    media: tuple[Float[Array, "b _ w"], ...],
+    media: tuple[Float[Array, "b _ w"], ...] | bert.Looked,
     **more: Any,
   ) -> tuple[Float[Array, "b m _ p"], bert.Cache | None]:
     """Projected queries, of length 1; Baseline's one projected mean.
 
     Args:
       params: of the whole model.
-      media: tokens of the clips by mode.
+      media: tokens of the clips by mode, or `QueryEncoder.look` at them.
       **more: of the pass.
     """
     if self.model.query_encoder:
+      modes = bert.arrays(media) if bert.looked(media) else len(media)
       out, cache = self.asked(params, media, **more)
       out = self.run(params, QueryEncoder.project, "query", out)
-      return rearrange(out, "(b m) q p -> b m q p", m=len(media)), cache
+      return rearrange(out, "(b m) q p -> b m q p", m=modes), cache
     layer = jax.tree.map(bert.at_least_float32, params["project_media"])
     x = jnp.stack([pooled(tokens) for tokens in media], axis=1)
     x = bert.unit(x @ layer["kernel"] + layer["bias"])
@@ -68,9 +69,9 @@ class Retrieval(CoAVTMethod):
   def judged(
     self,
     params: Params,
-    tokens: bert.Encoded,
-    ids: Int[Array, "n l"],
-    mask: Bool[Array, "n l"],
+    tokens: bert.Encoded | bert.Looked,
+    ids: Int[Array, "t l"],
+    mask: Bool[Array, "t l"],
     **more: Any,
   ) -> Float[Array, "n q 2"]:
     """Logits of (no match, match) of each pair and query."""
@@ -98,8 +99,8 @@ class Retrieval(CoAVTMethod):
     self, params: Params, ids: Int[Array, "b l"], mask: Bool[Array, "b l"]
   ) -> Float[Array, "b p"]:
     """Texts in the space of `encode_media`'s 'feature', of length 1."""
-    rows = self.run(params, QueryEncoder.text, ids, mask)
-    return self.run(params, QueryEncoder.project, "text", rows[:, 0])
+    rows = self.run(params, QueryEncoder.first, ids, mask)
+    return self.run(params, QueryEncoder.project, "text", rows)
 
   def match(
     self,

@@ -21,6 +21,12 @@ epsilon is 1e-12, with the variance in two passes: E[x²] - E[x]² is too coarse
 for it. GELU is exact. There are no token types: `avjax.weights.bert` adds those
 of the first sentence to the positions, which is the same.
 
+What is the same in several pairs is computed once: keys and values of the
+encoder's tokens (`look`), and what a text does until the queries of the first
+block look at the encoder (`expand`). What nobody reads is not computed: in the
+last block, the text's rows of `match` and all but [CLS] of `first`. Dropout is
+then shared in the same way.
+
 Parameters, with d the width:
 
   words/embedding [V d], positions [l d], queries [q d], norm
@@ -33,6 +39,7 @@ Parameters, with d the width:
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -46,33 +53,23 @@ from avjax.nn.bert_block import (
   Block,
   Cache,
   Encoded,
+  Expand,
+  How,
+  LanguageHead,
+  Looked,
+  arrays,
   at_least_float32,
-  dense,
+  cut,
+  examples,
+  looked,
   norm,
   normal,
   unit,
+  whole,
 )
-from avjax.nn.transformer import GELU, REMAT
+from avjax.nn.transformer import REMAT, stack_layers
 
 TEMPERATURE = 0.07  # first value; similarities are divided by it (BLIP-2)
-
-
-class LanguageHead(nn.Module):
-  """BERT's head for words: linear layer, GELU, LayerNorm, the words' table."""
-
-  @nn.compact
-  def __call__(
-    self, x: Float[Array, "b l d"], words: nn.Embed
-  ) -> Float[Array, "b l k"]:
-    """Logits of the words of the vocabulary, at least float32."""
-    x = GELU["erf"](dense(x, x.shape[-1], "dense"))
-    x = norm(x.dtype, "norm")(x)
-    bias = self.param("bias", nn.initializers.zeros, (words.num_embeddings,))
-    logits = at_least_float32(words.attend(x))
-    return logits + bias.astype(logits.dtype)
-
-
-# --- The whole ---------------------------------------------------------------
 
 
 class QueryEncoder(nn.Module):
@@ -89,8 +86,8 @@ class QueryEncoder(nn.Module):
     dropout: of hidden rows and of attention; needs a 'dropout' rng to train.
     dtype: of the computation. Statistics, logits and projections are float32
       at least.
-    scan: one compiled block for all layers; parameters are stacked then, see
-      `transformer.stack_layers`. Blocks have to be alike.
+    scan: one compiled block for all layers but the first and the last;
+      parameters are those of `stacked` then. Blocks have to be alike.
     remat: name in `transformer.REMAT`.
   """
 
@@ -126,31 +123,28 @@ class QueryEncoder(nn.Module):
       "temperature", nn.initializers.constant(TEMPERATURE), ()
     )
 
-  def _blocks(self) -> Any:
-    """All blocks, or the one of a scan."""
+  def _blocks(self) -> list[Block]:
+    """All blocks; with `scan` the first, the one in between and the last."""
     block, policy = Block, lookup(REMAT, self.remat, "remat policy")
     if self.remat != "none":
       block = nn.remat(
         Block,
         policy=policy,
         prevent_cse=not self.scan,
-        static_argnums=(6, 7),  # queries and train; the module is 0
+        static_argnums=(5,),  # how; the module is 0
       )
-    options = (self.size.heads, self.size.mlp, self.dropout)
-    if not self.scan:
-      return [
-        block(
-          *options, i % self.cross_every == 0, self.query_ffn,
-          name=f"block_{i:02d}",
-        )
-        for i in range(self.size.depth)
-      ]  # fmt: skip
-    if self.cross_every != 1:
+    if self.scan and self.cross_every != 1:
       raise InputError(
         f"scan=True needs blocks that are alike, but cross_every is "
         f"{self.cross_every}"
       )
-    return block(*options, True, self.query_ffn, name="blocks")
+    return [
+      block(
+        self.size, self.dropout, i % self.cross_every == 0, self.query_ffn,
+        self.dtype, name=name,
+      )
+      for name, i, _ in self._layers()
+    ]  # fmt: skip
 
   def __call__(
     self,
@@ -173,9 +167,27 @@ class QueryEncoder(nn.Module):
 
   # --- Passes
 
+  def look(self, enc: Encoded) -> Looked:
+    """Keys and values of an encoder's tokens, for any number of passes.
+
+    Args:
+      enc: tokens of any width; a tuple of arrays [b s w] is of the same
+        examples, each of any number s of tokens.
+    """
+    enc = enc if isinstance(enc, tuple) else (enc,)
+    enc = jax.tree.map(lambda x: x.astype(self.dtype), enc)
+    found = []
+    for block, (name, *_) in zip(self.stack, self._layers(), strict=True):
+      if name != STACKED:
+        found.append(block.look(enc))
+        continue
+      step = self._scanned(lambda block, _: ((), block.look(enc)))
+      found.append(step(block, ())[1])
+    return tuple(found)
+
   def query(
     self,
-    enc: Encoded,
+    enc: Encoded | Looked,
     enc_mask: Bool[Array, "b s"] | None = None,
     *,
     train: bool = False,
@@ -183,9 +195,9 @@ class QueryEncoder(nn.Module):
     """What the queries find in an encoder's tokens.
 
     Args:
-      enc: tokens of the encoder, of any width. A tuple of g arrays [b s w], of
-        any numbers s of tokens, has g b rows: those of the first example, one
-        for each array, then those of the second. One pass serves them all.
+      enc: tokens of the encoder, or what `look` made of them. Of a tuple of g
+        arrays come g b rows: those of the first example, one for each array,
+        then those of the second. One pass serves them all.
       enc_mask: true where there is a token; None = everywhere.
       train: drops out.
 
@@ -193,8 +205,11 @@ class QueryEncoder(nn.Module):
       The queries' rows, and their keys and values [depth b h q d/h] for
       `language` and `step`.
     """
-    x = self._query_rows(_examples(enc), train)
-    return self._run(x, None, enc, enc_mask, train=train)
+    seen = enc if looked(enc) else self.look(enc)
+    x = self._query_rows(examples(seen), train)
+    how = How(train, self.queries, (1,) * arrays(seen))
+    out, caches = self._run(x, None, how, seen=seen, enc_mask=enc_mask)
+    return out, whole(caches)
 
   def text(
     self,
@@ -214,32 +229,63 @@ class QueryEncoder(nn.Module):
       InputError: the text is longer than there are positions.
     """
     x = self._text_rows(ids, train)
-    return self._run(x, mask[:, None, None], train=train)[0]
+    return self._run(x, mask[:, None, None], How(train))[0]
 
-  def match(
+  def first(
     self,
-    enc: Encoded,
     ids: Int[Array, "b l"],
     mask: Bool[Array, "b l"],
     *,
     train: bool = False,
-  ) -> Float[Array, "b q d"]:
-    """The queries' rows, having seen text and encoder; for `matching`."""
-    return self.joint(enc, ids, mask, train=train)[:, : self.queries]
+  ) -> Float[Array, "b d"]:
+    """Row 0 of `text`, for less."""
+    x = self._text_rows(ids, train)
+    return self._run(x, mask[:, None, None], How(train, asking=1))[0][:, 0]
+
+  def match(
+    self,
+    enc: Encoded | Looked,
+    ids: Int[Array, "t l"],
+    mask: Bool[Array, "t l"],
+    *,
+    times: tuple[int, ...] | None = None,
+    expand: Expand | None = None,
+    train: bool = False,
+  ) -> Float[Array, "n q d"]:
+    """The queries' rows, having seen text and encoder; for `matching`.
+
+    Args:
+      enc: see `query`.
+      ids: words.
+      mask: true where there is a word.
+      times: of several arrays of tokens, how many pairs of an example are with
+        each, one after the other; None = one.
+      expand: makes rows [n …] of pairs out of rows [t …] of texts, for pairs
+        that share texts; None = every text has one pair.
+      train: drops out.
+    """
+    how = How(train, self.queries, times or (), self.queries, expand)
+    return self._joint(enc, ids, mask, how)
 
   def joint(
     self,
-    enc: Encoded,
+    enc: Encoded | Looked,
     ids: Int[Array, "b l"],
     mask: Bool[Array, "b l"],
     *,
     train: bool = False,
   ) -> Float[Array, "b n d"]:
     """Rows of queries and text that have seen each other."""
-    parts = [self._query_rows(len(ids), train), self._text_rows(ids, train)]
-    seen = jnp.pad(mask, ((0, 0), (self.queries, 0)), constant_values=True)
+    return self._joint(enc, ids, mask, How(train, self.queries))
+
+  def _joint(self, enc, ids, mask, how):
+    seen = enc if looked(enc) else self.look(enc)
+    how = how._replace(times=how.times or (1,) * arrays(seen))
+    b, train = len(ids), how.train
+    parts = [self._query_rows(b, train), self._text_rows(ids, train)]
+    own = jnp.pad(mask, ((0, 0), (self.queries, 0)), constant_values=True)
     x = jnp.concatenate(parts, axis=1)
-    return self._run(x, seen[:, None, None], enc, train=train)[0]
+    return self._run(x, own[:, None, None], how, seen=seen)[0]
 
   def language(
     self,
@@ -247,14 +293,17 @@ class QueryEncoder(nn.Module):
     ids: Int[Array, "b l"],
     mask: Bool[Array, "b l"],
     *,
+    repeats: int = 1,
     train: bool = False,
-  ) -> Float[Array, "b l k"]:
+  ) -> Float[Array, "_ l k"]:
     """Logits of the word that follows each word, given the queries.
 
     Args:
       cache: of `query`.
       ids: words; whatever the first is, [DEC] stands in its place.
       mask: true where there is a word.
+      repeats: how many rows of the cache, one after the other, belong to each
+        text; the result has a row for each.
       train: drops out.
     """
     ids = ids.at[:, 0].set(self.vocabulary - 1)
@@ -263,7 +312,10 @@ class QueryEncoder(nn.Module):
     seen = ((0, 0), (0, 0), (0, 0), (queries, 0))
     own = jnp.pad(own, seen, constant_values=True)
     x = self._text_rows(ids, train)
-    x, _ = self._run(x, own, past=cache, train=train)
+    expand = None
+    if repeats > 1:
+      expand = functools.partial(jnp.repeat, repeats=repeats, axis=0)
+    x, _ = self._run(x, own, How(train, expand=expand), past=cache)
     return self.language_head(x, self.words)
 
   # --- Generation
@@ -301,12 +353,13 @@ class QueryEncoder(nn.Module):
     )
     x = self.words(token)[:, None]
     x = x + self.position_table[position].astype(x.dtype)
-    x, new = self._run(self.norm(x), seen[None, None, None], past=past)
+    mask = seen[None, None, None]
+    x, caches = self._run(self.norm(x), mask, How(False), past=past)
     logits = self.language_head(x, self.words)[:, 0]
     insert = functools.partial(
       jax.lax.dynamic_update_slice_in_dim, start_index=position, axis=3
     )
-    return logits, jax.tree.map(insert, text_cache, new)
+    return logits, jax.tree.map(insert, text_cache, whole(caches))
 
   # --- Heads
 
@@ -343,42 +396,94 @@ class QueryEncoder(nn.Module):
     x = self.norm(self.words(ids) + table.astype(self.dtype))
     return self.drop(x, deterministic=not train)
 
+  # --- The stack
+
+  def _layers(self) -> list[tuple[str, int, int]]:
+    return layers(self.size.depth, self.scan)
+
   def _run(
     self,
     x: Float[Array, "b n d"],
     mask: Bool[Array, "#b 1 #n #k"] | None,
-    enc: Encoded | None = None,
-    enc_mask: Bool[Array, "b s"] | None = None,
+    how: How,
     *,
+    seen: Looked | None = None,
+    enc_mask: Bool[Array, "b s"] | None = None,
     past: Cache | None = None,
-    train: bool = False,
-  ) -> tuple[Float[Array, "b n d"], Cache]:
-    """All blocks; queries come first where there is an encoder."""
-    queries = 0
-    if enc is not None:
-      enc = jax.tree.map(lambda x: x.astype(self.dtype), enc)
-      queries = self.queries
+  ) -> tuple[Float[Array, "_ a d"], list[Cache]]:
+    """All blocks; `how.asking` is of the last, `how.expand` of the first.
+
+    Rows of `past` are those after `how.expand`. What was new comes back by
+    module, see `layers`.
+    """
     if enc_mask is not None:
       enc_mask = enc_mask[:, None, None]
-
-    def apply(block, x, past):
-      return block(x, past, mask, enc, enc_mask, queries, train)
-
-    if self.scan:
-      axes = {"params": 0}
-      rngs = {"params": True, "dropout": True}
-      depth = self.size.depth
-      step = nn.scan(apply, axes, split_rngs=rngs, in_axes=0, length=depth)
-      return step(self.stack, x, past)
     caches = []
-    for i, block in enumerate(self.stack):
-      x, new = apply(block, x, jax.tree.map(lambda y, i=i: y[i], past))
+    for block, (name, start, count) in zip(
+      self.stack, self._layers(), strict=True
+    ):
+      end = start + count
+      own = how._replace(
+        asking=how.asking if end == self.size.depth else None,
+        expand=None if start else how.expand,
+      )
+      here = cut(past, start, end)
+      if own.expand and past is not None:
+        # Nothing has been seen yet: the rows of a text are alike.
+        share = past.keys.shape[1] // len(x)
+        here = Cache(*(y[:, ::share] for y in here))
+      own_seen = seen and seen[len(caches)]
+      more = (mask, enc_mask), own
+      if name == STACKED:
+        step = self._scanned(lambda block, x, *each: block(x, *each, *more))  # noqa: B023
+        x, new = step(block, x, here, own_seen)
+      else:
+        x, new = block(x, cut(here, 0), own_seen, *more)
+        new = Cache(*(y[None] for y in new))
+      if own.expand and mask is not None and len(mask) > 1:
+        mask = own.expand(mask)
       caches.append(new)
-    return x, jax.tree.map(lambda *y: jnp.stack(y), *caches)
+    return x, caches
+
+  def _scanned(self, step: Callable[..., Any]) -> Callable[..., Any]:
+    """`step` of one block as one of several with stacked parameters."""
+    rngs = {"params": True, "dropout": True}
+    count = self.size.depth - 2
+    return nn.scan(
+      step, {"params": 0}, split_rngs=rngs, in_axes=0, length=count
+    )
 
 
-def _examples(enc: Encoded) -> int:
-  """Rows of queries that look at these tokens."""
-  if isinstance(enc, tuple):
-    return sum(len(one) for one in enc)
-  return len(enc)
+STACKED = "blocks"  # parameters of several blocks, see `stacked`
+
+
+def layers(depth: int, scan: bool) -> list[tuple[str, int, int]]:
+  """The modules of a stack: name, first block and how many.
+
+  With `scan` one stands for all but the first and the last block, which do
+  less than the others.
+  """
+  names = [(f"block_{i:02d}", i, 1) for i in range(depth)]
+  if scan and depth > 2:
+    return [names[0], (STACKED, 1, depth - 2), names[-1]]
+  return names
+
+
+def stacked(params: Any) -> Any:
+  """Parameters as `scan=True` needs them.
+
+  Args:
+    params: one block per layer, or all of them in one stack, see
+      `transformer.stack_layers`.
+  """
+  params = stack_layers(params)
+  blocks = params[STACKED]
+  depth = len(jax.tree.leaves(blocks)[0])
+  own = {
+    name: jax.tree.map(
+      lambda x, i=i, n=n, name=name: x[i : i + n] if name == STACKED else x[i],
+      blocks,
+    )
+    for name, i, n in layers(depth, True)
+  }
+  return {**{k: x for k, x in params.items() if k != STACKED}, **own}
