@@ -146,9 +146,14 @@ def multi_head(
 # ---------------------------------------------------------------- contrast
 
 
+def at_least_float32(x: Float[Array, "*_"]) -> Float[Array, "*_"]:
+  """Half precision as float32; anything finer stays as it is."""
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def unit(x: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
-  """x / max(|x|, 1e-12) in float32; the gradient at zero is finite."""
-  x = x.astype(jnp.float32)
+  """x / max(|x|, 1e-12), float32 at least; the gradient at zero is finite."""
+  x = at_least_float32(x)
   square = (x * x).sum(axis=-1, keepdims=True)
   return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
 

@@ -36,6 +36,7 @@ from avjax.nn.cav_encoder import (
   Tokens,
 )
 from avjax.nn.masking import Keys
+from avjax.nn.transformer import NORMAL
 from avjax.optim import FROZEN
 
 __all__ = ["CAVMAE", "MaskedAutoencoder", "default_model"]
@@ -89,7 +90,7 @@ class MaskedAutoencoder(CAVEncoder):
     """One decoder over both: visible and mask tokens in their places."""
     d, start, places = self.decoder_size.width, 0, []
     x, whole = av_encoder.dense(x, d, "decoder_project"), []
-    blank = self.param("mask_token", cav_encoder.normal, (d,))
+    blank = self.param("mask_token", NORMAL, (d,))
     for m, raw in patches.items():
       kept = x[:, start : (start := start + ids[m].shape[1])]
       whole.append(masking.unshuffle(kept, ids[m], blank, raw.shape[1]))

@@ -51,6 +51,7 @@ from avjax.nn.bert import QueryEncoder
 from avjax.nn.bert_block import both
 from avjax.nn.cav_encoder import INPUTS
 from avjax.nn.masking import Keys
+from avjax.nn.transformer import NORMAL
 
 __all__ = ["CoAVT", "default_model"]
 
@@ -92,7 +93,7 @@ class CoAVT(Retrieval):
 
     params = self.draw_encoders(rng, inputs, text_alone)
     shape = (self.size.width, self.model.projection)
-    layer = {"kernel": bert.normal(key, shape), "bias": jnp.zeros(shape[1])}
+    layer = {"kernel": NORMAL(key, shape), "bias": jnp.zeros(shape[1])}
     return {**params, "project_media": layer}
 
   @property

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from avjax import trees
+from avjax.losses import at_least_float32
 from avjax.methods import coavt_config
 from avjax.methods.base import Inputs, Loaded, ParamInfo, Params
 from avjax.methods.cavmae_base import CAVMethod
@@ -238,4 +239,4 @@ def available(modality: str) -> tuple[str, ...]:
 
 def pooled(queries: Float[Array, "b q d"]) -> Float[Array, "b d"]:
   """The mean over the queries, or over tokens, in float32."""
-  return bert.at_least_float32(queries).mean(1)
+  return at_least_float32(queries).mean(1)

@@ -22,8 +22,9 @@ from avjax.methods.cavmae_base import where_missing
 from avjax.methods.coavt_base import CoAVTMethod, available, pooled
 from avjax.methods.coavt_config import finetune_model as default_model
 from avjax.methods.supervised import chosen, criterion, objective
-from avjax.nn import bert, heads
+from avjax.nn import heads
 from avjax.nn.cav_encoder import MODALITIES
+from avjax.nn.transformer import NORMAL
 
 __all__ = ["CoAVTFinetune", "default_model"]
 
@@ -61,7 +62,7 @@ class CoAVTFinetune(CoAVTMethod):
 
     params = self.draw_encoders(rng, inputs, queries_alone)
     k = sum(self.classes.values())
-    kernel = bert.normal(key, (self.text_size.width, k))
+    kernel = NORMAL(key, (self.text_size.width, k))
     return {**params, "classifier": {"kernel": kernel, "bias": jnp.zeros(k)}}
 
   def words(self) -> dict[str, int]:

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
+from avjax import losses
 from avjax.methods.base import Inputs, Params
 from avjax.methods.coavt_base import CoAVTMethod, available, pooled
 from avjax.methods.coavt_objectives import bounded
@@ -39,7 +40,7 @@ class Retrieval(CoAVTMethod):
   def temperature(self, params: Params) -> Float[Array, ""]:
     """What similarities are divided by."""
     value = params["query_encoder"]["temperature"]
-    return bounded(bert.at_least_float32(value))
+    return bounded(losses.at_least_float32(value))
 
   # --- Passes ---
 
@@ -61,9 +62,9 @@ class Retrieval(CoAVTMethod):
       out, cache = self.asked(params, media, **more)
       out = self.run(params, QueryEncoder.project, "query", out)
       return rearrange(out, "(b m) q p -> b m q p", m=modes), cache
-    layer = jax.tree.map(bert.at_least_float32, params["project_media"])
+    layer = jax.tree.map(losses.at_least_float32, params["project_media"])
     x = jnp.stack([pooled(tokens) for tokens in media], axis=1)
-    x = bert.unit(x @ layer["kernel"] + layer["bias"])
+    x = losses.unit(x @ layer["kernel"] + layer["bias"])
     return x[:, :, None], None
 
   def judged(

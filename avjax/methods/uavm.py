@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
 from avjax.errors import InputError, lookup
+from avjax.losses import at_least_float32
 from avjax.methods.avsiam_base import check_blocks
 from avjax.methods.avsiam_finetune import one_of
 from avjax.methods.base import Inputs, Loaded, Method, ParamInfo, Params
@@ -31,7 +32,6 @@ from avjax.nn.uavm import (
   SHARED,
   Encoder,
   Traces,
-  at_least_float32,
   attention_map,
 )
 from avjax.weights import transfer

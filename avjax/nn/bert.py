@@ -48,6 +48,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from avjax.errors import InputError, lookup
+from avjax.losses import at_least_float32, unit
 from avjax.nn import sizes
 from avjax.nn.bert_block import (
   Block,
@@ -58,16 +59,13 @@ from avjax.nn.bert_block import (
   LanguageHead,
   Looked,
   arrays,
-  at_least_float32,
   cut,
   examples,
   looked,
   norm,
-  normal,
-  unit,
   whole,
 )
-from avjax.nn.transformer import REMAT, stack_layers
+from avjax.nn.transformer import NORMAL, REMAT, stack_layers
 
 TEMPERATURE = 0.07  # first value; similarities are divided by it (BLIP-2)
 
@@ -106,12 +104,12 @@ class QueryEncoder(nn.Module):
   def setup(self):
     """Makes the parts."""
     d = self.size.width
-    layer = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=normal)
+    layer = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=NORMAL)
     self.words = nn.Embed(
-      self.vocabulary, d, dtype=self.dtype, embedding_init=normal
+      self.vocabulary, d, dtype=self.dtype, embedding_init=NORMAL
     )
-    self.position_table = self.param("positions", normal, (self.positions, d))
-    self.query_rows = self.param("queries", normal, (self.queries, d))
+    self.position_table = self.param("positions", NORMAL, (self.positions, d))
+    self.query_rows = self.param("queries", NORMAL, (self.queries, d))
     self.norm = norm(self.dtype)
     self.drop = nn.Dropout(self.dropout)
     self.stack = self._blocks()

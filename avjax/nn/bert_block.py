@@ -10,12 +10,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
+from avjax.losses import at_least_float32
 from avjax.nn.sizes import Size
-from avjax.nn.transformer import GELU
+from avjax.nn.transformer import GELU, NORMAL
 
 EPS = 1e-12
-
-normal = nn.initializers.normal(0.02)
 
 
 class Cache(NamedTuple):
@@ -64,21 +63,9 @@ class How(NamedTuple):
   expand: Expand | None = None
 
 
-def at_least_float32(x: Float[Array, "*_"]) -> Float[Array, "*_"]:
-  """Half precision as float32; anything finer stays as it is."""
-  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def unit(x: Float[Array, "*b p"]) -> Float[Array, "*b p"]:
-  """x / |x| along the last axis; zeros stay zeros."""
-  x = at_least_float32(x)
-  square = jnp.sum(x * x, axis=-1, keepdims=True)
-  return x * jax.lax.rsqrt(jnp.maximum(square, 1e-24))
-
-
 def dense(x: Float[Array, "*b c"], width: int, name: str) -> Array:
   """A linear layer of the calling module, with BERT's first values."""
-  layer = nn.Dense(width, dtype=x.dtype, kernel_init=normal, name=name)
+  layer = nn.Dense(width, dtype=x.dtype, kernel_init=NORMAL, name=name)
   return layer(x)
 
 
@@ -97,7 +84,7 @@ class QKV(nn.Module):
   def __call__(self, x: Float[Array, "r d"], first: int = 0) -> Array:
     """Columns from `first` on: 0 = all, d = keys and values."""
     d = x.shape[-1]
-    kernel = self.param("kernel", normal, (d, 3 * d))[:, first:]
+    kernel = self.param("kernel", NORMAL, (d, 3 * d))[:, first:]
     bias = self.param("bias", nn.initializers.zeros, (3 * d,))[first:]
     return x @ kernel.astype(x.dtype) + bias.astype(x.dtype)
 
@@ -172,7 +159,7 @@ class CrossAttention(nn.Module):
 
   def setup(self):
     """Makes the layers."""
-    layer = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=normal)
+    layer = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=NORMAL)
     self.query = layer(self.width)
     self.kv = layer(2 * self.width)
     self.out = layer(self.width)

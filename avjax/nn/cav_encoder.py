@@ -28,6 +28,7 @@ from avjax.nn import masking, sizes, tokenizers
 from avjax.nn.positions import sincos_2d
 from avjax.nn.transformer import (
   MLP,
+  NORMAL,
   REMAT,
   XAVIER,
   SelfAttention,
@@ -48,8 +49,6 @@ Grids = Mapping[str, tuple[int, int]]  # rows and columns of the patches
 Pass = tuple[str, tuple[str, ...]]
 TOGETHER: Pass = ("", ("audio", "video"))
 ALONE: dict[str, Pass] = {m: (f"_{m}", (m,)) for m in INPUTS}
-
-normal = nn.initializers.normal(0.02)
 
 
 # --- Patches -----------------------------------------------------------------
@@ -318,7 +317,7 @@ class CAVEncoder(nn.Module):
     )
     if self.fixed_positions:
       table = jax.lax.stop_gradient(table)
-    return table, self.param(f"{prefix}modality_token_{m}", normal, (d,))
+    return table, self.param(f"{prefix}modality_token_{m}", NORMAL, (d,))
 
   def branch(self, m: str, x: Float[Array, "b n d"]) -> Float[Array, "b n d"]:
     """The blocks of one modality; no LayerNorm follows them."""

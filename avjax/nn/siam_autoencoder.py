@@ -11,8 +11,8 @@ from jaxtyping import Array, Bool, Float, Int
 from avjax.nn import av_encoder, masking, sizes
 from avjax.nn.cav_encoder import Tokens
 from avjax.nn.positions import sincos_2d
-from avjax.nn.siam_encoder import Masks, SiamEncoder, beside, normal
-from avjax.nn.transformer import Transformer
+from avjax.nn.siam_encoder import Masks, SiamEncoder, beside
+from avjax.nn.transformer import NORMAL, Transformer
 
 MULTIMODAL = "multimodal"  # the name of these layers
 
@@ -99,7 +99,7 @@ class SiamAutoencoder(SiamEncoder):
   ) -> Tokens:
     """One decoder over both: visible and mask tokens in their places."""
     d, whole = self.decoder_size.width, []
-    start = nn.initializers.zeros if self.zeros else normal
+    start = nn.initializers.zeros if self.zeros else NORMAL
     blank = self.param("mask_token", start, (d,))
     both = jnp.concatenate([tokens[m] for m in patches], axis=1)
     both = av_encoder.dense(both, d, "decoder_project")

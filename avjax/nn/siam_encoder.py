@@ -29,15 +29,13 @@ from avjax.errors import InputError
 from avjax.nn import masking, sizes
 from avjax.nn.attention import attention, choose
 from avjax.nn.cav_encoder import Grids, Tokens
-from avjax.nn.transformer import MLP, XAVIER, qkv_init, repeat
+from avjax.nn.transformer import MLP, NORMAL, XAVIER, qkv_init, repeat
 
 LAST_EPS = 1e-6  # of the encoder's last LayerNorm, in the public code, too
 
 # Lengths of the sequences on the token axis that share a set of LayerNorms,
 # and the ending of the set's names.
 Part = tuple[str, tuple[int, ...]]
-
-normal = nn.initializers.normal(0.02)
 
 
 # --- Which example keeps how much --------------------------------------------
@@ -383,7 +381,7 @@ class SiamEncoder(nn.Module):
   ) -> Float[Array, "g _ d"]:
     """Embedded patches with positions; raw patches are masked, not tokens."""
     b, n, p = patches.shape
-    table = self.param(f"positions_{m}", normal, (n, self.size.width))
+    table = self.param(f"positions_{m}", NORMAL, (n, self.size.width))
     if kept is None:
       x, table = patches, table[None]
     else:

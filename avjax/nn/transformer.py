@@ -41,6 +41,7 @@ REMAT: dict[str, Callable | None] = {
 }
 
 XAVIER = nn.initializers.xavier_uniform()
+NORMAL = nn.initializers.normal(0.02)  # of BERT, of position tables
 
 
 def qkv_init(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32):

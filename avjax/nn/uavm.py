@@ -32,8 +32,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from avjax.losses import at_least_float32
 from avjax.nn.attention import attention
-from avjax.nn.transformer import GELU
+from avjax.nn.transformer import GELU, NORMAL
 
 MODALITIES = ("audio", "video")  # in the order of concatenation
 SHARED = "encoder_shared"
@@ -44,11 +45,6 @@ Features = Mapping[str, Float[Array, "b n _"]]  # by modality
 Trace = Sequence[Float[Array, "b n d"]]
 # Modality, or 'av' for both together -> its stacks' traces, in order.
 Traces = Mapping[str, Mapping[str, Trace]]
-
-
-def at_least_float32(x: Float[Array, "*_"]) -> Float[Array, "*_"]:
-  """Half precision as float32; anything finer stays as it is."""
-  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def dense(
@@ -139,8 +135,8 @@ class Stack(nn.Module):
     if x.shape[-1] != self.width:
       x = dense(x, self.width, "project")
     # timm cuts the normal at ±2, a hundred standard deviations.
-    normal, shape = nn.initializers.normal(0.02), (x.shape[1], self.width)
-    x = x + self.param("positions", normal, shape).astype(x.dtype)
+    shape = (x.shape[1], self.width)
+    x = x + self.param("positions", NORMAL, shape).astype(x.dtype)
     trace = [x]
     for i in range(self.depth):
       block = Block(self.heads, self.attention, name=f"block_{i:02d}")
