@@ -13,32 +13,20 @@ import jax.numpy as jnp
 from avjax import losses
 from avjax.errors import InputError
 from avjax.methods.avsiam_config import check
-from avjax.methods.base import Inputs, Loaded, Method, ParamInfo, Params
-from avjax.nn import cav_encoder, sizes
+from avjax.methods.base import Inputs, Loaded, ParamInfo, Params
+from avjax.methods.cavmae_base import PatchMethod
+from avjax.nn import cav_encoder
 from avjax.nn.cav_encoder import INPUTS
 from avjax.nn.siam_autoencoder import MULTIMODAL
 from avjax.nn.siam_encoder import SiamEncoder
-from avjax.nn.transformer import stack_layers
 from avjax.weights import transfer
 
 
-class SiamMethod(Method):
-  """What pretraining and fine-tuning share.
+class SiamMethod(PatchMethod):
+  """What pretraining and fine-tuning share."""
 
-  Attributes:
-    model: `config.model`, checked.
-    size: of the encoder.
-    optional: beginnings of parameters that `adapt` leaves alone where shapes
-      differ.
-  """
-
-  optional: tuple[str, ...] = ("classifier_", "head_")
-
-  def __init__(self, config: Any):
-    super().__init__(config)
-    self.model = check(config.model)
-    self.size = sizes.resolve(self.model)
-    self.num_layers = self.size.depth
+  check = staticmethod(check)  # of `config.model`
+  optional = ("classifier_", "head_")
 
   def encoder(
     self, inputs: Inputs, cls: Any = SiamEncoder, **more: Any
@@ -55,25 +43,6 @@ class SiamMethod(Method):
       double=model.double_input,
       **more,
     )
-
-  def apply(
-    self, module: SiamEncoder, params: Params, inputs: Inputs, *rest: Any
-  ) -> Any:
-    """Runs a module on the inputs' patches, in the dtype of the config."""
-    cav_encoder.check_places(params, module.grids)
-    patches = cav_encoder.patches(inputs, self.model)
-    patches = {m: patches[m].astype(self.config.dtype) for m in module.grids}
-    if self.model.scan:
-      params = stack_layers(params)
-    return module.apply({"params": params}, patches, *rest)
-
-  def draw_params(
-    self, rng: jax.Array, inputs: Inputs, module: SiamEncoder, *rest: Any
-  ) -> Params:
-    """Initial parameters under per-layer names, whatever `scan` says."""
-    module = module.clone(stack={**module.stack, "scan": False})
-    patches = cav_encoder.patches(inputs, self.model)
-    return module.init(rng, patches, *rest)["params"]
 
   def embed(self, params: Params, inputs: Inputs) -> dict[str, jax.Array]:
     """Retrieval features: what the contrastive loss compares, unmasked.
@@ -114,15 +83,10 @@ class SiamMethod(Method):
       InputError: another number of blocks, or a shape that nothing changes.
     """
     del source_config
-    mels = self.config.data.fbank.num_mels // self.model.patch_audio[0]
-    tables = {}
-    for prefix in ("", "decoder_"):
-      tables[f"{prefix}positions_audio"] = transfer.time_axis(mels)
-      tables[f"{prefix}positions_video"] = transfer.picture
     for stack in ("encoder", "encoder_audio", "encoder_video"):
       check_blocks(params, source, stack)
     return transfer.fill(
-      params, source, candidates, reshape=tables, optional=self.optional
+      params, source, candidates, reshape=self.tables(), optional=self.optional
     )
 
 

@@ -2,6 +2,7 @@
 
 The encoder is in `avjax/nn/cav_encoder.py`. Weight decay applies to every
 parameter of this family; those that no loss reaches are of the group `frozen`.
+`PatchMethod` is AVSiam's base, too.
 """
 
 import re
@@ -27,21 +28,65 @@ from avjax.weights import transfer
 NORM = re.compile(r"encoder_joint/(?:block_00/)?norm\d?(|_audio|_video)/")
 
 
-class CAVMethod(Method):
-  """What pretraining and fine-tuning share."""
+class PatchMethod(Method):
+  """A method on patches of a spectrogram and of one picture.
 
-  check = staticmethod(check)  # of `config.model`
-  fixed_positions = False
-  # Beginnings of parameters that `adapt` leaves alone where shapes differ.
-  optional = ("classifier/out", "head_")
-  passes: Sequence[Pass] = ()  # of the training, through the joint block
-  masked: Sequence[str] = tuple(INPUTS)  # whose kept tokens are drawn
+  Attributes:
+    check: raises InputError if `config.model` cannot be, else returns it.
+    optional: beginnings of parameters that `adapt` leaves alone where shapes
+      differ.
+    model: `config.model`, checked.
+    size: of the encoder.
+  """
+
+  check: Callable[[Any], Any]
+  optional: tuple[str, ...] = ()
 
   def __init__(self, config: Any):
     super().__init__(config)
     self.model = self.check(config.model)
     self.size = sizes.resolve(self.model)
     self.num_layers = self.size.depth
+
+  def apply(
+    self, module: Any, params: Params, inputs: Inputs, *rest: Any
+  ) -> Any:
+    """Runs a module on the inputs' patches, in the dtype of the config."""
+    cav_encoder.check_places(params, module.grids)
+    patches = cav_encoder.patches(inputs, self.model)
+    patches = {m: patches[m].astype(self.config.dtype) for m in module.grids}
+    return module.apply({"params": self.stacked(params)}, patches, *rest)
+
+  def stacked(self, params: Params) -> Params:
+    """Parameters as a module has them, which `scan` decides."""
+    return stack_layers(params) if self.model.scan else params
+
+  def draw_params(
+    self, rng: jax.Array, inputs: Inputs, module: Any, *rest: Any
+  ) -> Params:
+    """Initial parameters under per-layer names, whatever `scan` says."""
+    module = module.clone(stack={**module.stack, "scan": False})
+    patches = cav_encoder.patches(inputs, self.model)
+    return module.init(rng, patches, *rest)["params"]
+
+  def tables(self) -> dict[str, Any]:
+    """How `transfer.fill` resizes position tables, by their names."""
+    mels = self.config.data.fbank.num_mels // self.model.patch_audio[0]
+    found = {}
+    for prefix in ("", "decoder_"):
+      found[f"{prefix}positions_audio"] = transfer.time_axis(mels)
+      found[f"{prefix}positions_video"] = transfer.picture
+    return found
+
+
+class CAVMethod(PatchMethod):
+  """What pretraining and fine-tuning share."""
+
+  check = staticmethod(check)  # of `config.model`
+  fixed_positions = False
+  optional = ("classifier/out", "head_")
+  passes: Sequence[Pass] = ()  # of the training, through the joint block
+  masked: Sequence[str] = tuple(INPUTS)  # whose kept tokens are drawn
 
   def encoder(
     self, inputs: Inputs, cls: Any = CAVEncoder, **more: Any
@@ -51,28 +96,21 @@ class CAVMethod(Method):
     grids = cav_encoder.grids(inputs, self.model)
     return cls(self.size, grids, self.fixed_positions, stack, **more)
 
-  def apply(
-    self, module: CAVEncoder, params: Params, inputs: Inputs, *rest: Any
-  ) -> Any:
-    """Runs a module on the inputs' patches, in the dtype of the config."""
-    cav_encoder.check_places(params, module.grids)
-    patches = cav_encoder.patches(inputs, self.model)
-    patches = {m: patches[m].astype(self.config.dtype) for m in module.grids}
-    if self.model.scan:
-      params = stack_layers(params)
-      joint = unstack_layers(params["encoder_joint"])  # never scanned
-      params = {**params, "encoder_joint": joint}
-    return module.apply({"params": params}, patches, *rest)
+  def stacked(self, params: Params) -> Params:
+    """See `PatchMethod.stacked`; the joint block is never scanned."""
+    if not self.model.scan:
+      return params
+    params = stack_layers(params)
+    joint = unstack_layers(params["encoder_joint"])
+    return {**params, "encoder_joint": joint}
 
   def draw_params(
     self, rng: jax.Array, inputs: Inputs, module: CAVEncoder, *rest: Any
   ) -> Params:
-    """Initial parameters under per-layer names, whatever `scan` says."""
+    """See `PatchMethod.draw_params`; arguments after the passes."""
     passes = [ALONE[m] for m in module.grids]
     passes = [("", tuple(module.grids)), *passes]
-    module = module.clone(stack={**module.stack, "scan": False})
-    patches = cav_encoder.patches(inputs, self.model)
-    params = module.init(rng, patches, passes, *rest)["params"]
+    params = super().draw_params(rng, inputs, module, passes, *rest)
     return cav_encoder.first_values(params)
 
   def draw(self, inputs: Inputs, rng: jax.Array) -> Ids:
@@ -162,11 +200,6 @@ class CAVMethod(Method):
     Raises:
       InputError: another number of blocks, or a shape that nothing changes.
     """
-    mels = self.config.data.fbank.num_mels // self.model.patch_audio[0]
-    tables = {}
-    for prefix in ("", "decoder_"):
-      tables[f"{prefix}positions_audio"] = transfer.time_axis(mels)
-      tables[f"{prefix}positions_video"] = transfer.picture
     two = set(source) == set(INPUTS)
     for m in INPUTS:
       check_blocks(params, source[m] if two else source, m)
@@ -179,7 +212,7 @@ class CAVMethod(Method):
       params,
       source,
       candidates,
-      reshape=tables,
+      reshape=self.tables(),
       optional=self.optional,
     )
 
