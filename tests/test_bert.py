@@ -352,6 +352,17 @@ def test_the_number_of_parameters_at_full_size(layout):
   assert cross == {"coavt": 12, "blip2": 6}[layout]
 
 
+def test_first_values_are_berts_and_as_loud_when_narrow():
+  for width, expected in ((768, 0.02), (48, 0.08)):
+    draw = bert_block.first_values(width)
+    x = draw(jax.random.key(0), (width, 4 * width))
+    np.testing.assert_allclose(x.std(), expected, rtol=0.02)
+    y = x[:, :width]
+    # What two matrices in a row, values and `out`, add to a row of variance 1.
+    gain = np.linalg.norm(y @ x[:, width : 2 * width]) / width**0.5
+    np.testing.assert_allclose(gain, 768 * 0.02**2, rtol=0.05)
+
+
 def test_mistakes_are_named():
   module, params, (enc, ids, mask) = small()
   long = jnp.zeros((4, 17), jnp.int32)

@@ -61,6 +61,7 @@ from avjax.nn.bert_block import (
   arrays,
   cut,
   examples,
+  first_values,
   looked,
   norm,
   whole,
@@ -104,7 +105,8 @@ class QueryEncoder(nn.Module):
   def setup(self):
     """Makes the parts."""
     d = self.size.width
-    layer = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=NORMAL)
+    init = first_values(d)
+    layer = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=init)
     self.words = nn.Embed(
       self.vocabulary, d, dtype=self.dtype, embedding_init=NORMAL
     )

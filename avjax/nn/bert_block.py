@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from avjax.losses import at_least_float32
 from avjax.nn.sizes import Size
-from avjax.nn.transformer import GELU, NORMAL
+from avjax.nn.transformer import GELU
 
 EPS = 1e-12
 
@@ -63,10 +63,19 @@ class How(NamedTuple):
   expand: Expand | None = None
 
 
-def dense(x: Float[Array, "*b c"], width: int, name: str) -> Array:
-  """A linear layer of the calling module, with BERT's first values."""
-  layer = nn.Dense(width, dtype=x.dtype, kernel_init=NORMAL, name=name)
-  return layer(x)
+def first_values(width: int) -> Callable[..., Array]:
+  """BERT's N(0, 0.02²) of matrices, for rows of another width than 768.
+
+  It grows as 1/√width. Otherwise what a narrow block adds to a row, and with
+  it what queries hear from the encoder, begins too small to be learned from.
+  """
+  return nn.initializers.normal(0.02 * (768 / width) ** 0.5)
+
+
+def dense(x: Float[Array, "*b c"], width: int, name: str, d: int) -> Array:
+  """A linear layer of the calling module, whose rows are d wide."""
+  init = first_values(d)
+  return nn.Dense(width, dtype=x.dtype, kernel_init=init, name=name)(x)
 
 
 def norm(dtype: Any, name: str | None = None) -> nn.LayerNorm:
@@ -84,7 +93,7 @@ class QKV(nn.Module):
   def __call__(self, x: Float[Array, "r d"], first: int = 0) -> Array:
     """Columns from `first` on: 0 = all, d = keys and values."""
     d = x.shape[-1]
-    kernel = self.param("kernel", NORMAL, (d, 3 * d))[:, first:]
+    kernel = self.param("kernel", first_values(d), (d, 3 * d))[:, first:]
     bias = self.param("bias", nn.initializers.zeros, (3 * d,))[first:]
     return x @ kernel.astype(x.dtype) + bias.astype(x.dtype)
 
@@ -139,7 +148,7 @@ class SelfAttention(nn.Module):
       v = jnp.concatenate([past.values.astype(v.dtype), v], axis=2)
     drop = nn.Dropout(self.dropout, deterministic=not train)
     out = joined(attend(q, k, v, mask, drop))
-    rows = rows + drop(dense(out, d, "out"))
+    rows = rows + drop(dense(out, d, "out", d))
     return norm(x.dtype, "norm")(rows).reshape(b, asking, d), new
 
 
@@ -159,7 +168,8 @@ class CrossAttention(nn.Module):
 
   def setup(self):
     """Makes the layers."""
-    layer = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=NORMAL)
+    init = first_values(self.width)
+    layer = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=init)
     self.query = layer(self.width)
     self.kv = layer(2 * self.width)
     self.out = layer(self.width)
@@ -244,9 +254,9 @@ class MLP(nn.Module):
     self, x: Float[Array, "b n d"], train: bool
   ) -> Float[Array, "b n d"]:
     """Applies it to every row."""
-    rows = x.reshape(-1, x.shape[-1])
-    y = GELU["erf"](dense(rows, self.hidden, "fc1"))
-    y = dense(y, x.shape[-1], "fc2")
+    rows, d = x.reshape(-1, x.shape[-1]), x.shape[-1]
+    y = GELU["erf"](dense(rows, self.hidden, "fc1", d))
+    y = dense(y, d, "fc2", d)
     rows = rows + nn.Dropout(self.dropout)(y, deterministic=not train)
     return norm(x.dtype, "norm")(rows).reshape(x.shape)
 
@@ -330,7 +340,7 @@ class LanguageHead(nn.Module):
     self, x: Float[Array, "b l d"], words: nn.Embed
   ) -> Float[Array, "b l k"]:
     """Logits of the words of the vocabulary, at least float32."""
-    x = GELU["erf"](dense(x, x.shape[-1], "dense"))
+    x = GELU["erf"](dense(x, x.shape[-1], "dense", x.shape[-1]))
     x = norm(x.dtype, "norm")(x)
     bias = self.param("bias", nn.initializers.zeros, (words.num_embeddings,))
     logits = at_least_float32(words.attend(x))
