@@ -129,7 +129,8 @@ def shrink(config: ConfigDict) -> ConfigDict:
   config = cavmae_audioset.shrink(config)
   config.data.augment.roll = 0
   config.model.update(text_width=128, text_depth=2, text_heads=4, text_mlp=256)
-  config.model.update(queries=8, dropout=0.0, scan=True)
+  config.model.update(dropout=0.0)
+  config.model.queries //= 2
   config.batch_size = 32
   # Ours: what hundreds of steps from random weights learn most with.
   config.schedule.update(base_lr=1e-3, warmup_steps=0, warmup_epochs=2.0)
