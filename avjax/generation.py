@@ -12,7 +12,7 @@ other there: [(b k) …]. Position 0 reads `start`. Both searches are bounded by
 
 import functools
 import operator
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,8 +20,58 @@ import jax.numpy as jnp
 from einops import rearrange
 from jaxtyping import Array, Bool, Float, Int
 
+from avjax.errors import InputError
+
 State = Any  # pytree of arrays [b …]
 Step = Callable[[State, Array, Array], tuple[Array, State]]
+
+
+def captions(
+  method: Any,
+  params: Any,
+  media: Mapping[str, Array],
+  tokenizer: Any,
+  *,
+  length: int,
+  beams: int = 1,
+  length_penalty: float = 1.0,
+) -> tuple[Int[Array, "b l"], Float[Array, "b"]]:
+  """What a method writes about clips.
+
+  Args:
+    method: with `caption_start(params, tokens [b s w], length)` -> a state, and
+      `caption_step(params, state, token [b], position)`.
+    params: of the method.
+    media: of its `encode_media`.
+    tokenizer: of `avjax.data.text`; special tokens are not written.
+    length: tokens at most.
+    beams: of the beam search; 1 = greedily.
+    length_penalty: see `score`.
+
+  Returns:
+    Tokens, and the score of each row.
+
+  Raises:
+    InputError: the model has no tokens to ask.
+  """
+  if "tokens" not in media:
+    raise InputError(
+      f"method {type(method).__name__} has no tokens to be captioned"
+    )
+  state = method.caption_start(params, media["tokens"], length)
+  step = functools.partial(method.caption_step, params)
+  own = tokenizer
+  options = {
+    "start": own.dec,
+    "end": own.sep,
+    "pad": own.pad,
+    "length": length,
+    "banned": (own.pad, own.unk, own.cls, own.dec),
+    "length_penalty": length_penalty,
+  }
+  if beams == 1:
+    return greedy(step, state, **options)
+  return beam(step, state, beams=beams, **options)
 
 
 def greedy(

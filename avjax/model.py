@@ -12,9 +12,10 @@ import numpy as np
 
 from avjax import batch as batch_lib
 from avjax import config as config_lib
-from avjax import experiment, initialise, methods
-from avjax.data import augment, pipeline
+from avjax import experiment, generation, initialise, methods
+from avjax.data import augment, pipeline, text
 from avjax.errors import InputError
+from avjax.evaluators import captioned
 from avjax.methods.base import Method
 from avjax.weights import class_lists, image
 from avjax.workdir import workdir
@@ -126,6 +127,66 @@ class Model:
       for row, best in zip(scores, order, strict=True)
     ]
 
+  def caption(
+    self, clips: Files | Mapping[str, Any], mode: str = "", *, beams: int = 3
+  ) -> list[str]:
+    """One caption of every clip.
+
+    Args:
+      clips: a media file, several, or a batch (avjax.batch.BATCH).
+      mode: what is seen, one of the method's `retrieval_modes`; '' = all that
+        its data have.
+      beams: of the beam search; 1 = greedily.
+
+    Raises:
+      InputError: the method writes no captions or has no such mode.
+    """
+    mode = self._text_mode("caption_start", mode)
+    found = self._each(
+      clips,
+      lambda batch: {"ids": self._caption(self._live, batch, mode, beams)},
+    )
+    decode = text.tokenizer(self.config.data).decode
+    return [decode(row) for row in found["ids"]]
+
+  def similarity(
+    self,
+    texts: str | Sequence[str],
+    clips: Files | Mapping[str, Any],
+    mode: str = "",
+  ) -> np.ndarray:
+    """How well texts and clips go together, -1 to 1: equation 1 of CoAVT.
+
+    Args:
+      texts: one or several.
+      clips: a media file, several, or a batch (avjax.batch.BATCH).
+      mode: see `caption`.
+
+    Returns:
+      [texts, clips].
+
+    Raises:
+      InputError: the method reads no text or has no such mode.
+    """
+    mode = self._text_mode("encode_text", mode)
+    data = self.config.data
+    texts = [texts] if isinstance(texts, str) else list(texts)
+    ids, mask = text.tokenizer(data).encode(texts, data.text.length)
+    told = jax.device_get(self._encode_text(self._live, ids, mask))
+    media = self._each(
+      clips, lambda batch: {"x": self._encode_media(self._live, batch, mode)}
+    )
+    return np.einsum("bqp,tp->tbq", media["x"], told).max(axis=-1)
+
+  def _text_mode(self, needed: str, mode: str) -> str:
+    """The mode that is meant; a method without `needed` is refused."""
+    name = self.config.method
+    if not hasattr(self.method, needed):
+      raise InputError(f"method {name!r} knows no text: it has no {needed}")
+    modality = self.config.data.modality
+    modes = (mode,) if mode else ()
+    return max(captioned.chosen_modes(self.method, modality, modes), key=len)
+
   def _each(
     self, clips: Files | Mapping[str, Any], compute: Callable[[Any], Any]
   ) -> dict[str, np.ndarray]:
@@ -170,6 +231,35 @@ class Model:
       return self.method.predict(params, self._inputs(batch), mode=mode)
 
     return jax.jit(predict, static_argnames="mode")
+
+  @functools.cached_property
+  def _encode_text(self) -> Any:
+    return jax.jit(self.method.encode_text)
+
+  @functools.cached_property
+  def _encode_media(self) -> Any:
+    def encode(params: Any, batch: Any, mode: str) -> Any:
+      return self._media(params, batch, mode)["feature"]
+
+    return jax.jit(encode, static_argnames="mode")
+
+  @functools.cached_property
+  def _caption(self) -> Any:
+    data = self.config.data
+
+    def write(params: Any, batch: Any, mode: str, beams: int) -> Any:
+      # A text of `length` tokens is [DEC], which is given, and the others.
+      length, method = data.text.length - 1, self.method
+      media, words = self._media(params, batch, mode), text.tokenizer(data)
+      return generation.captions(
+        method, params, media, words, length=length, beams=beams
+      )[0]
+
+    return jax.jit(write, static_argnames=("mode", "beams"))
+
+  def _media(self, params: Any, batch: Any, mode: str) -> dict[str, jax.Array]:
+    inputs = captioned.only(self._inputs(batch), mode)
+    return self.method.encode_media(params, inputs, mode)
 
   def _inputs(self, batch: Any) -> dict[str, jax.Array]:
     rng = jax.random.key(0)

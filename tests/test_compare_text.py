@@ -10,6 +10,7 @@ import matplotlib.image
 import numpy as np
 import pytest
 
+import avjax
 from avjax import (
   compare,
   compare_text,
@@ -143,6 +144,7 @@ def test_captions_are_the_argmax_of_the_full_pass(pair):
   made = evaluator.run(params, 1)
   assert pictures == ["test_captions"] and made["clips"] == 8
   assert made["beam_score"] >= made["greedy_score"] - 0.1
+  written = evaluator.write(params)
   method, tokens = setup.method, evaluator.tokenizer
   [(batch, _)] = context.batches(config.evals.captions)
   ids = np.asarray(evaluator._step(params, batch)["greedy"])
@@ -166,3 +168,16 @@ def test_captions_are_the_argmax_of_the_full_pass(pair):
     params, media[clips], jnp.asarray(found.ids[texts]), jnp.asarray(mask)
   )
   np.testing.assert_allclose(matched[texts, clips], alone, atol=1e-5)
+  # The same in Python.
+  model = avjax.load(pair[1])
+  media = {k: v for k, v in batch.items() if not k.startswith("text")}
+  assert model.caption(media, beams=2) == written.made["beam"]
+  assert model.caption(media, beams=1) == written.made["greedy"]
+  told = [tokens.decode(row) for row in found.ids]
+  similar = model.similarity(told, media, "av")
+  expected = found.tables["av"].similar[:, :8]
+  np.testing.assert_allclose(similar, expected, atol=1e-5)
+  with pytest.raises(InputError, match="unknown mode of retrieval 'w'"):
+    model.caption(media, "w")
+  with pytest.raises(InputError, match="has no tokens"):
+    avjax.load(pair[0]).caption(media)

@@ -35,7 +35,6 @@ import numpy as np
 from jaxtyping import Int
 
 from avjax import generation
-from avjax.errors import InputError
 from avjax.evaluators import text_pictures
 from avjax.evaluators.base import Context
 from avjax.evaluators.captioned import Captioned
@@ -133,27 +132,16 @@ class Captions(Captioned):
   def _batch(
     self, params: Params, batch: Mapping[str, jax.Array]
   ) -> dict[str, jax.Array]:
-    method, tokens = self.context.method, self.tokenizer
+    method = self.context.method
     media = self.encode_media(params, batch)[self.mode]
-    if "tokens" not in media:
-      raise InputError(
-        f"method {type(method).__name__} has no tokens to be captioned"
-      )
-    state = method.caption_start(params, media["tokens"], self.length)
-    step = functools.partial(method.caption_step, params)
-    options = {
-      "start": tokens.dec,
-      "end": tokens.sep,
-      "pad": tokens.pad,
-      "length": self.length,
-      "banned": (tokens.pad, tokens.unk, tokens.cls, tokens.dec),
-      "length_penalty": float(self.section.get("length_penalty", 1.0)),
-    }
-    greedy = generation.greedy(step, state, **options)
-    beams = max(self.section.get("beams", 3), 1)
-    beam = generation.beam(step, state, beams=beams, **options)
+    write = functools.partial(
+      generation.captions, method, params, media, self.tokenizer,
+      length=self.length,
+      length_penalty=float(self.section.get("length_penalty", 1.0)),
+    )  # fmt: skip
+    made = write(), write(beams=max(self.section.get("beams", 3), 1))
     found = self.facts(batch)
-    for search, (ids, scores) in zip(SEARCHES, (greedy, beam), strict=True):
+    for search, (ids, scores) in zip(SEARCHES, made, strict=True):
       found |= {search: ids, f"{search}_score": scores}
     return found
 
