@@ -250,7 +250,7 @@ def _placed(shapes: Any, mesh: Mesh) -> Any:
 
 
 def cast(params: Any, dtype: str) -> Any:
-  """Parameters in the dtype of the computation, norms excepted.
+  """Parameters in the dtype of the computation, norms and numbers excepted.
 
   Cast once per step inside the loss, so that under FSDP the gathered bytes
   are the small ones and gradients arrive in float32.
@@ -259,8 +259,8 @@ def cast(params: Any, dtype: str) -> Any:
     return params
 
   def one(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-    is_norm = "norm" in parallel.path_name(path)
-    return leaf if is_norm else leaf.astype(dtype)
+    kept = leaf.ndim == 0 or "norm" in parallel.path_name(path)
+    return leaf if kept else leaf.astype(dtype)
 
   return jax.tree_util.tree_map_with_path(one, params)
 

@@ -22,11 +22,14 @@ BATCH_SPEC = P(("data", "fsdp"))
 # First match of a parameter's path decides; the rest is replicated. Column
 # and row parallel pairs keep one all-reduce per branch (Megatron-LM, §3).
 RULES = (
-  (r"attention/qkv/kernel$", P("fsdp", "tensor")),
-  (r"attention/out/kernel$", P("tensor", "fsdp")),
-  (r"mlp/fc1/kernel$", P("fsdp", "tensor")),
-  (r"mlp/fc2/kernel$", P("tensor", "fsdp")),
-  (r"attention/qkv/bias$|mlp/fc1/bias$", P("tensor")),
+  (r"(attention/qkv|cross/query|cross/kv)/kernel$", P("fsdp", "tensor")),
+  (r"(attention|cross)/out/kernel$", P("tensor", "fsdp")),
+  (r"mlp(_query)?/fc1/kernel$", P("fsdp", "tensor")),
+  (r"mlp(_query)?/fc2/kernel$", P("tensor", "fsdp")),
+  (
+    r"(attention/qkv|cross/query|cross/kv|mlp(_query)?/fc1)/bias$",
+    P("tensor"),
+  ),
   (r"kernel$", P("fsdp", None)),
 )
 

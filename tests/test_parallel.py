@@ -6,7 +6,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
-from avjax import flops, parallel
+from avjax import experiment, flops, parallel
 from avjax.errors import InputError
 
 
@@ -55,6 +55,9 @@ def test_batch_that_does_not_divide_names_both_numbers():
       P(None, "fsdp", "tensor"),
     ),
     ("encoder/block_00/mlp/fc2/kernel", (32, 8), P("tensor", "fsdp")),
+    ("x/block_01/cross/kv/kernel", (8, 16), P("fsdp", "tensor")),
+    ("x/block_01/cross/out/kernel", (8, 8), P("tensor", "fsdp")),
+    ("x/block_01/mlp_query/fc1/bias", (32,), P("tensor")),
     # 9 does not divide by the two devices of fsdp.
     ("head/kernel", (9, 5), P(None, None)),
     ("encoder/norm/scale", (8,), P()),
@@ -62,6 +65,14 @@ def test_batch_that_does_not_divide_names_both_numbers():
 )
 def test_rules(name, shape, spec):
   assert parallel.spec_of(name, shape, mesh(fsdp=2, tensor=2)) == spec
+
+
+def test_numbers_and_norms_stay_exact_in_half_precision():
+  tree = {"norm": {"scale": jnp.ones(3)}, "temperature": jnp.float32(0.07)}
+  found = experiment.cast({**tree, "kernel": jnp.ones((2, 2))}, "bfloat16")
+  assert found["kernel"].dtype == jnp.bfloat16
+  assert found["temperature"] == jnp.float32(0.07)
+  assert found["norm"]["scale"].dtype == jnp.float32
 
 
 def test_products_are_counted_with_loops_and_gradients():
