@@ -2,10 +2,11 @@
 
 python -m avjax.sweep --study=configs/studies/coavt_demo.py --output=DIR
 
-Sixteen candidates are re-ranked. All rows start from the CAV-MAE of configs/studies/cavmae_demo.py; text begins
+All rows start from the CAV-MAE of configs/studies/cavmae_demo.py; text begins
 from random weights. Captions of 3,840 clips, 640 steps; then 160 more without
 masks (fine-tuned). Five captions of each of the 240 test clips ask, 10 clips of
 each of 24 classes: by chance a clip is among the first ten for 4 % of them.
+Sixteen candidates are re-ranked.
 
 `coavt` learns all three pairs of text and clip, `vanilla` that with both
 modalities alone, `baseline` that by contrast of means. Tables I, V, VI, VII;
