@@ -35,8 +35,9 @@ second stage" ends the only stage; whether CAV-MAE's noise and turned sound are
 used (they are not here).
 
 Cost: 0.52 TFLOP of products per clip and step (vanilla 0.28, baseline 0.13), by
-arithmetic two hours on one H100 at half its peak with --config.dtype=bfloat16, where 512 clips need
---config.optimizer.accumulate, which makes the negatives fewer.
+arithmetic two hours on one H100 at half its peak with --config.dtype=bfloat16,
+where 512 clips need --config.optimizer.accumulate, which makes the negatives
+fewer.
 """
 
 from ml_collections import ConfigDict
