@@ -10,8 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Num, Shaped
 
+from avjax import losses_pairs
 from avjax.data.mixing import mixup
-from avjax.errors import InputError
 
 
 def weighted_mean(
@@ -166,6 +166,7 @@ def contrastive(
   two_way: bool = False,
   group_size: int = 0,
   weights: Shaped[Array, "b"] | None = None,
+  implementation: str = "auto",
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
   """InfoNCE of pairs: for each anchor, a softmax over the candidates.
 
@@ -177,39 +178,90 @@ def contrastive(
     group_size: negatives come from the same `group_size` consecutive examples
       alone; 0 = from the whole batch.
     weights: an example of weight 0 is neither anchor nor candidate.
+    implementation: how devices share it, see `losses_pairs.compare`; the value
+      does not depend on it.
 
   Returns:
     The mean over the anchors, and the share of the anchors whose pair is the
     most similar candidate.
 
   Raises:
-    InputError: the batch is not divisible by the group size.
+    InputError: the batch is not divisible by the group size, or as
+      `losses_pairs.compare`.
   """
-  b, d = anchors.shape
-  size = group_size or b
-  if b % size:
-    raise InputError(
-      f"batch size {b} is not divisible by model.group_size {size}"
-    )
-  rows, columns = (unit(x).reshape(-1, size, d) for x in (anchors, candidates))
   # Scaling the vectors costs b d, scaling the cosines b^2.
-  logits = jnp.einsum("gid,gjd->gij", rows / temperature, columns)
-  own = jnp.einsum("gid,gid->gi", rows / temperature, columns)
-  here = jnp.ones(rows.shape[:2], bool)
-  if weights is not None:
-    here = weights.reshape(here.shape) > 0
-  # Finite, so that groups without examples have finite gradients.
-  seen = jnp.where(here[:, None, :], logits, -1e9)
-  loss = jax.nn.logsumexp(seen, axis=2) - own
-  if two_way:
-    seen_back = jnp.where(here[:, :, None], logits, -1e9)
-    loss = (loss + jax.nn.logsumexp(seen_back, axis=1) - own) / 2
-  right = seen.argmax(axis=2) == jnp.arange(size)
-  flat = None if weights is None else weights.reshape(here.shape)
-  return (
-    weighted_mean(loss, flat),
-    weighted_mean(right.astype(jnp.float32), flat),
+  rows, columns = unit(anchors) / temperature, unit(candidates)
+  there, back, right = losses_pairs.compare(
+    rows,
+    columns,
+    _counted(rows, weights),
+    jnp.zeros((), rows.dtype),
+    back=two_way,
+    group_size=group_size,
+    implementation=implementation,
   )
+  own = (rows * columns).sum(axis=1)
+  loss = (there + back) / 2 - own if two_way else there - own
+  return _means(loss, right, weights)
+
+
+def sigmoid_contrastive(
+  anchors: Float[Array, "b d"],
+  candidates: Float[Array, "b d"],
+  temperature: float | Float[Array, ""],
+  bias: float | Float[Array, ""],
+  *,
+  group_size: int = 0,
+  weights: Shaped[Array, "b"] | None = None,
+  implementation: str = "auto",
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+  """SigLIP's loss (arXiv:2303.15343): is this anchor's pair that candidate?
+
+  -1/b sum_ij log sigmoid(z_ij (cos_ij / temperature + bias)), z = 1 for pairs
+  and -1 for all others. It is the same in both directions. The paper learns
+  both numbers, from temperature 1/10 and bias -10.
+
+  Args:
+    anchors: pooled vectors of any length; cosines are compared.
+    candidates: the pair of anchor i is candidate i.
+    temperature: what cosines are divided by.
+    bias: added to what results.
+    group_size: as in `contrastive`.
+    weights: an example of weight 0 is neither anchor nor candidate, nor
+      counted in b.
+    implementation: as in `contrastive`.
+
+  Returns:
+    The loss, and the share of the anchors whose pair is the most similar
+    candidate.
+
+  Raises:
+    InputError: as `contrastive`.
+  """
+  rows, columns = unit(anchors) / temperature, unit(candidates)
+  bias = jnp.asarray(bias, rows.dtype)
+  # All as if no pair, then the pairs put right: log sigmoid(x) = x + log
+  # sigmoid(-x).
+  there, _, right = losses_pairs.compare(
+    rows,
+    columns,
+    _counted(rows, weights),
+    bias,
+    total="sigmoid",
+    group_size=group_size,
+    implementation=implementation,
+  )
+  own = (rows * columns).sum(axis=1) + bias
+  return _means(there - own, right, weights)
+
+
+def _counted(rows, weights):
+  return jnp.ones(len(rows), bool) if weights is None else weights > 0
+
+
+def _means(loss, right, weights):
+  right = right.astype(jnp.float32)
+  return weighted_mean(loss, weights), weighted_mean(right, weights)
 
 
 # ---------------------------------------------------------------- pixels
