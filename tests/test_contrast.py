@@ -9,9 +9,11 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from avjax import losses, losses_pairs
+from avjax import config as config_lib
+from avjax import contrast, losses, losses_pairs, methods
 from avjax.errors import InputError
-from tests import collectives
+from avjax.methods import avsiam_config, cavmae_config
+from tests import cavmae_golden, collectives
 
 B, D = 64, 32
 MESHES = {"1": ((1,), ("data",)), "8": ((8,), ("data",)),
@@ -235,3 +237,83 @@ def test_sigmoid_by_hand_and_in_groups():
   np.testing.assert_allclose(
     run(*pair, group_size=3), np.mean(parts, 0), rtol=1e-5
   )
+
+
+# --- By config ---------------------------------------------------------------
+
+CONFIGS = {"cavmae": cavmae_config, "avsiam": avsiam_config}
+KEY = jax.random.key(0)
+
+
+def method_of(name, **model):
+  config = config_lib.base_config()
+  config.method = name
+  values = {**cavmae_golden.SMALL, "mae_weight": 0.0, "temperature": 0.1}
+  if name == "avsiam":
+    values["ratios"] = (0.0, 0.5)
+  values |= {"contrast_weight": 1.0, "contrast_loss": "sigmoid", **model}
+  config.model = CONFIGS[name].default_model("B", **values)
+  return methods.make(config)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_sigmoid_by_config_learns_its_numbers(name):
+  method, inputs = method_of(name), cavmae_golden.small_inputs(4)
+  shapes = jax.eval_shape(method.init, KEY, inputs)
+  assert set(shapes[contrast.STACK]) == {"log_scale", "bias"}
+  info = method.param_info("contrast/bias")
+  assert not info.decay and info.group == "default"
+  assert method.param_info("embed_audio/kernel").decay
+  # The loss of the method reaches them.
+  silent = cavmae_golden.silent_paths(method, shapes, inputs)
+  assert silent == cavmae_golden.frozen_paths(method, shapes)
+  anchors, candidates, there = placed("8")
+
+  def loss(learned, pooled, given):
+    return method.contrast(pooled, given, {contrast.STACK: learned})[0]
+
+  learned = {"log_scale": jnp.float32(0.2), "bias": jnp.float32(3)}
+  pooled = {"audio": anchors, "video": candidates}
+  run = jax.jit(jax.value_and_grad(loss))
+  value, grads = run(learned, pooled, {"has_audio": there})
+  pair = anchors, candidates
+  there = np.asarray(there)
+  wanted = formula(*pair, 0.1 * np.exp(-0.2), -7.0, there)
+  np.testing.assert_allclose(value, wanted, rtol=1e-5)
+  for key, change in (("log_scale", (0.001, 0)), ("bias", (0, 0.001))):
+    up, down = (
+      formula(*pair, 0.1 * np.exp(-0.2 - s * change[0]),
+              s * change[1] - 7.0, there)
+      for s in (1, -1)
+    )  # fmt: skip
+    np.testing.assert_allclose(grads[key], (up - down) / 0.002, rtol=1e-3)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_without_learnt_numbers_nothing_is_added(name):
+  inputs = cavmae_golden.small_inputs(2)
+  for model in ({"sigmoid_learned": False}, {"contrast_loss": "softmax"}):
+    method = method_of(name, **model)
+    shapes = jax.eval_shape(method.init, KEY, inputs)
+    assert contrast.STACK not in shapes
+  numbers = {"contrast_loss": "sigmoid", "sigmoid_bias": -2.0}
+  method = method_of(name, sigmoid_learned=False, **numbers)
+  anchors, candidates, _ = placed("")
+  pooled, more = {"audio": anchors, "video": candidates}, {"index": anchors}
+  found, _ = method.contrast(pooled, more)
+  everybody = np.ones(B, bool)
+  wanted = formula(anchors, candidates, 0.1, -2.0, everybody)
+  np.testing.assert_allclose(found, wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize(
+  "model, words",
+  [
+    ({"contrast_loss": "sigmod"}, "contrast_loss 'sigmod'.*mean 'sigmoid'"),
+    ({"temperature": 0.0}, "model.temperature=0.0: .* above 0"),
+  ],
+)
+def test_numbers_that_cannot_be_are_refused(name, model, words):
+  with pytest.raises(InputError, match=words):
+    method_of(name, **model)

@@ -10,6 +10,7 @@ What the paper leaves open: `avjax/methods/avsiam_config.py`. Every instance is
 encoded once a step. `model.public_base` follows the public Base code.
 """
 
+import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from avjax import losses
+from avjax import contrast, losses
 from avjax.errors import InputError
 from avjax.methods.avsiam_base import SiamMethod
 from avjax.methods.avsiam_config import (
@@ -26,7 +27,7 @@ from avjax.methods.avsiam_config import (
   PUBLIC_RATIO,
   default_model,
 )
-from avjax.methods.base import Inputs, Params
+from avjax.methods.base import Inputs, ParamInfo, Params
 from avjax.methods.cavmae_base import present
 from avjax.nn import cav_encoder, masking, siam_encoder, sizes
 from avjax.nn.cav_encoder import INPUTS, Tokens
@@ -100,7 +101,7 @@ class AVSiam(SiamMethod):
       stacks = {**module.stacks, "audio": "encoder_mae_audio"}
       second = module.clone(stacks=stacks)
       params = {**self.draw_params(rng, inputs, second, kept), **params}
-    return params
+    return {**params, **contrast.first_params(self.model)}
 
   # --- Masking ---
 
@@ -160,11 +161,11 @@ class AVSiam(SiamMethod):
     del step
     model, total, metrics, seen = self.model, 0.0, {}, {}
     passes = self.passes(self.autoencoder(inputs))
-    for module, ratios, ending, contrast, decode in passes:
+    for module, ratios, ending, pairs, decode in passes:
       kept = self.draw(inputs, rng, ratios, ending)
       out = self.apply(module, params, inputs, kept, decode)
-      if contrast:
-        loss, accuracy = self.contrast(out["pooled"], inputs)
+      if pairs:
+        loss, accuracy = self.contrast(out["pooled"], inputs, params)
         total = total + model.contrast_weight * loss
         metrics |= {"loss_contrast": loss, "contrast_accuracy": accuracy}
       if decode:
@@ -178,16 +179,15 @@ class AVSiam(SiamMethod):
     return total, {"metrics": metrics, "intermediates": seen}
 
   def contrast(
-    self, pooled: Mapping[str, Float[Array, "b d"]], inputs: Inputs
+    self,
+    pooled: Mapping[str, Float[Array, "b d"]],
+    inputs: Inputs,
+    params: Params | None = None,
   ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """L_c and its accuracy: each sound among the images (eq. 1)."""
-    return losses.contrastive(
-      pooled["audio"],
-      pooled["video"],
-      self.model.temperature,
-      two_way=self.model.contrast_two_way,
-      weights=present(inputs, tuple(INPUTS)),
-    )
+    pair = pooled["audio"], pooled["video"]
+    weights = present(inputs, tuple(INPUTS))
+    return contrast.loss(self.model, *pair, weights, params)
 
   def reconstruction(
     self, prediction: Tokens, inputs: Inputs, kept: Masks
@@ -217,6 +217,12 @@ class AVSiam(SiamMethod):
     out = self.apply(module, params, inputs, kept)
     removed = {m: kept[m].removed() for m in kept}
     return cav_encoder.pictures(inputs, out["prediction"], removed, self.model)
+
+  def param_info(self, path: str) -> ParamInfo:
+    """See `SiamMethod.param_info`; the contrast's numbers do not decay."""
+    info = super().param_info(path)
+    own = path.startswith(f"{contrast.STACK}/")
+    return dataclasses.replace(info, decay=False) if own else info
 
   def group(self, path: str) -> str:
     """See `SiamMethod.group`; FROZEN where no loss reaches."""

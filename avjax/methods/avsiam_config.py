@@ -17,6 +17,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from avjax import contrast
 from avjax.config import with_overrides
 from avjax.errors import InputError, lookup
 from avjax.nn import sizes
@@ -87,6 +88,7 @@ def default_model(size: str = "B", **overrides: Any) -> ConfigDict:
     "contrast_weight": 1.0,  # 0 = no contrast at all
     "contrast_two_way": False,  # False: for each sound, among the images
     "temperature": 0.05,
+    **contrast.KEYS,
   }
   return with_overrides(values, public(values, overrides))
 
@@ -142,6 +144,7 @@ def _check_public(model: Any) -> None:
 
 def _check_pretraining(model: Any) -> None:
   lookup(dict.fromkeys(MASKING), model.audio_masking, "model.audio_masking")
+  contrast.check(model)
   if not model.ratios or not all(0 <= ratio < 1 for ratio in model.ratios):
     raise InputError(
       f"model.ratios={tuple(model.ratios)}: at least one share of the tokens, "

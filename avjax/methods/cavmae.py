@@ -12,6 +12,7 @@ The encoder is in `avjax/nn/cav_encoder.py`, what fine-tuning shares in
 `avjax/methods/cavmae_base.py`.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -20,9 +21,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from avjax import losses
+from avjax import contrast, losses
 from avjax.errors import InputError
-from avjax.methods.base import Inputs, Params
+from avjax.methods.base import Inputs, ParamInfo, Params
 from avjax.methods.cavmae_base import CAVMethod, present
 from avjax.methods.cavmae_config import DECODER_SIZES, default_model
 from avjax.nn import av_encoder, cav_encoder, masking, sizes
@@ -134,7 +135,8 @@ class CAVMAE(CAVMethod):
   def init(self, rng: jax.Array, inputs: Inputs) -> Params:
     """See `Method.init`."""
     module = self.autoencoder(inputs)
-    return self.draw_params(rng, inputs, module, self.draw(inputs, rng))
+    params = self.draw_params(rng, inputs, module, self.draw(inputs, rng))
+    return {**params, **contrast.first_params(self.model)}
 
   def noise(
     self, m: str, keys: Keys, grid: tuple[int, int]
@@ -165,7 +167,7 @@ class CAVMAE(CAVMethod):
       metrics, seen = self.reconstruction(out["prediction"], inputs, ids)
       total = model.mae_weight * sum(metrics.values())
     if model.contrast_weight:
-      loss, accuracy = self.contrast(out["contrast"], inputs)
+      loss, accuracy = self.contrast(out["contrast"], inputs, params)
       total = total + model.contrast_weight * loss
       metrics["loss_contrast"] = loss
       metrics["contrast_accuracy"] = accuracy
@@ -187,17 +189,15 @@ class CAVMAE(CAVMethod):
     return metrics, seen
 
   def contrast(
-    self, pooled: Mapping[str, Float[Array, "b d"]], inputs: Inputs
+    self,
+    pooled: Mapping[str, Float[Array, "b d"]],
+    inputs: Inputs,
+    params: Params | None = None,
   ) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """L_c and its accuracy: each image among the sounds (DETECLAP, eq. 4)."""
-    return losses.contrastive(
-      pooled["video"],
-      pooled["audio"],
-      self.model.temperature,
-      two_way=self.model.contrast_two_way,
-      group_size=self.model.group_size,
-      weights=present(inputs, tuple(INPUTS)),
-    )
+    pair = pooled["video"], pooled["audio"]
+    weights = present(inputs, tuple(INPUTS))
+    return contrast.loss(self.model, *pair, weights, params)
 
   def reconstruct(
     self, params: Params, inputs: Inputs, rng: jax.Array
@@ -217,6 +217,12 @@ class CAVMAE(CAVMethod):
       for m, x in out["prediction"].items()
     }
     return cav_encoder.pictures(inputs, out["prediction"], removed, self.model)
+
+  def param_info(self, path: str) -> ParamInfo:
+    """See `CAVMethod.param_info`; the contrast's numbers do not decay."""
+    info = super().param_info(path)
+    own = path.startswith(f"{contrast.STACK}/")
+    return dataclasses.replace(info, decay=False) if own else info
 
   def group(self, path: str) -> str:
     """See `CAVMethod.group`; fixed tables and an unused decoder, too."""

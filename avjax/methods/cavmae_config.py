@@ -7,6 +7,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from avjax import contrast
 from avjax.config import with_overrides
 from avjax.errors import InputError, lookup
 from avjax.nn import sizes
@@ -68,6 +69,7 @@ def default_model(size: str = "B", **overrides: Any) -> ConfigDict:
     "contrast_weight": 0.01,  # 0 = no contrast at all (AV-MAE alone)
     "contrast_two_way": False,  # False: for each image, among the sounds
     "temperature": 0.05,
+    **contrast.KEYS,
     # Negatives among so many consecutive examples; 0 = the global batch. The
     # public runs had 12 (base), 27 to 30 (scale+) and 64 (scale++) per GPU.
     "group_size": 0,
@@ -99,6 +101,7 @@ def check(model: Any) -> Any:
   if "modality" in model:
     return check_classifier(model)
   lookup(dict.fromkeys(MASKING), model.masking, "model.masking")
+  contrast.check(model)
   if not (model.mae_weight or model.contrast_weight):
     raise InputError(
       "model.mae_weight and model.contrast_weight are both 0: nothing to learn"
