@@ -1,5 +1,6 @@
 """The contrast of pretraining by `config.model`: which loss, which numbers."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -53,6 +54,16 @@ def first_params(model: Any) -> dict[str, dict[str, Float[Array, ""]]]:
   if not (learns and model.contrast_weight):
     return {}
   return {STACK: {"log_scale": jnp.zeros(()), "bias": jnp.zeros(())}}
+
+
+def info(path: str, found: Any) -> Any:
+  """A parameter's `ParamInfo`; the contrast's numbers are a group of their own.
+
+  It is called STACK (`optimizer.multipliers`) and does not decay.
+  """
+  if not path.startswith(f"{STACK}/"):
+    return found
+  return dataclasses.replace(found, group=STACK, decay=False)
 
 
 def loss(

@@ -262,7 +262,7 @@ def test_sigmoid_by_config_learns_its_numbers(name):
   shapes = jax.eval_shape(method.init, KEY, inputs)
   assert set(shapes[contrast.STACK]) == {"log_scale", "bias"}
   info = method.param_info("contrast/bias")
-  assert not info.decay and info.group == "default"
+  assert not info.decay and info.group == "contrast"
   assert method.param_info("embed_audio/kernel").decay
   # The loss of the method reaches them.
   silent = cavmae_golden.silent_paths(method, shapes, inputs)

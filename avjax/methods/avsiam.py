@@ -10,7 +10,6 @@ What the paper leaves open: `avjax/methods/avsiam_config.py`. Every instance is
 encoded once a step. `model.public_base` follows the public Base code.
 """
 
-import dataclasses
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -219,10 +218,8 @@ class AVSiam(SiamMethod):
     return cav_encoder.pictures(inputs, out["prediction"], removed, self.model)
 
   def param_info(self, path: str) -> ParamInfo:
-    """See `SiamMethod.param_info`; the contrast's numbers do not decay."""
-    info = super().param_info(path)
-    own = path.startswith(f"{contrast.STACK}/")
-    return dataclasses.replace(info, decay=False) if own else info
+    """See `SiamMethod.param_info` and `contrast.info`."""
+    return contrast.info(path, super().param_info(path))
 
   def group(self, path: str) -> str:
     """See `SiamMethod.group`; FROZEN where no loss reaches."""

@@ -12,7 +12,6 @@ The encoder is in `avjax/nn/cav_encoder.py`, what fine-tuning shares in
 `avjax/methods/cavmae_base.py`.
 """
 
-import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -219,10 +218,8 @@ class CAVMAE(CAVMethod):
     return cav_encoder.pictures(inputs, out["prediction"], removed, self.model)
 
   def param_info(self, path: str) -> ParamInfo:
-    """See `CAVMethod.param_info`; the contrast's numbers do not decay."""
-    info = super().param_info(path)
-    own = path.startswith(f"{contrast.STACK}/")
-    return dataclasses.replace(info, decay=False) if own else info
+    """See `CAVMethod.param_info` and `contrast.info`."""
+    return contrast.info(path, super().param_info(path))
 
   def group(self, path: str) -> str:
     """See `CAVMethod.group`; fixed tables and an unused decoder, too."""
