@@ -102,7 +102,7 @@ def outputs(layout):
     options = COMPILED[layout]
     module, inputs = made.module(layout, **options), made.inputs()
     params = jax.tree.map(jnp.float64, made.params(layout))
-    convert = bert.stacked if module.scan else dict
+    convert = bert_block.stacked if module.scan else dict
     check_shapes(module, convert(params), inputs)
     length = inputs[0].shape[1]
     enc_mask = jnp.arange(length) < jnp.array([[length], [7], [11], [11]])
@@ -200,7 +200,7 @@ def small(**options):
   """A golden model in float32, its parameters and inputs."""
   params = jax.tree.map(jnp.float32, made.params(LAYOUT))
   module = made.module(LAYOUT, jnp.float32, **options)
-  params = bert.stacked(params) if module.scan else params
+  params = bert_block.stacked(params) if module.scan else params
   return module, params, made.inputs("f4")
 
 
@@ -232,7 +232,7 @@ def test_what_pairs_share_is_computed_once_with_the_same_result(layout):
   scan = {"scan": True} if layout == "coavt" else {}
   module = made.module(layout, jnp.float32, **scan)
   params = jax.tree.map(jnp.float32, made.params(layout))
-  params = bert.stacked(params) if scan else params
+  params = bert_block.stacked(params) if scan else params
   enc, ids, mask = made.inputs("f4")
   more = enc[:, :5] * 0.5
   # Two pairs of each clip with `enc`, the second with the next text; one with
@@ -243,9 +243,9 @@ def test_what_pairs_share_is_computed_once_with_the_same_result(layout):
   @jax.jit
   def run():
     call = functools.partial(apply, module, params)
-    seen = bert_block.both(call("look", enc), call("look", more))
+    seen = call("cross_cache", enc).beside(call("cross_cache", more))
     found = call(
-      "match", seen, ids, mask, times=(2, 1), expand=lambda x: x[texts]
+      "match", seen, ids, mask, pairs_each=(2, 1), expand=lambda x: x[texts]
     )
     alone = [call("match", x, ids[texts], mask[texts]) for x in (
       jnp.repeat(enc, 3, axis=0), jnp.repeat(more, 3, axis=0)
@@ -256,6 +256,9 @@ def test_what_pairs_share_is_computed_once_with_the_same_result(layout):
     twice = [jnp.repeat(x, 2, axis=0) for x in (ids, mask)]
     pairs = [(found, expected), (words, call("language", cache, *twice))]
     pairs += [(call("first", ids, mask), call("text", ids, mask)[:, 0])]
+    # As many pairs as texts, with other texts.
+    moved = call("match", enc, ids, mask, expand=lambda x: x[::-1])
+    pairs += [(moved, call("match", enc, ids[::-1], mask[::-1]))]
     return [*pairs, (call("query", seen)[0], out)]
 
   for found, expected in run():
@@ -368,6 +371,10 @@ def test_mistakes_are_named():
   long = jnp.zeros((4, 17), jnp.int32)
   with pytest.raises(InputError, match="17 words has no place in 16 positions"):
     apply(module, params, "text", long, jnp.ones((4, 17), bool))
+  with pytest.raises(InputError, match=r"4 texts for 12 pairs of \(2, 1\)"):
+    apply(module, params, "match", (enc, enc), ids, mask, pairs_each=(2, 1))
+  with pytest.raises(InputError, match="one enc_mask for 2 arrays"):
+    apply(module, params, "query", (enc, enc), jnp.ones((4, 11), bool))
   module = module.clone(scan=True, cross_every=2)
   with pytest.raises(InputError, match="cross_every is 2"):
     jax.eval_shape(module.init, jax.random.key(0), enc, ids, mask)

@@ -10,7 +10,8 @@ import pytest
 from avjax import config as config_lib
 from avjax import initialise, methods, trees
 from avjax.errors import InputError
-from avjax.methods import coavt_config
+from avjax.methods import coavt, coavt_config
+from avjax.methods import coavt_objectives as objectives
 from avjax.nn.bert import QueryEncoder
 from tests import cavmae_golden as cavmae
 from tests import qformer_golden
@@ -166,6 +167,57 @@ def test_one_pass_serves_all_pairs():
     own = made.encode_media(params(), given, mode)
     np.testing.assert_allclose(feature[:, i], own["feature"], atol=1e-5)
     np.testing.assert_allclose(media[i], own["tokens"], atol=1e-5)
+
+
+def test_pairs_are_those_of_passes_of_their_own(monkeypatch):
+  """Its text, another text for the clip, and another clip for the text."""
+  steps = iter((1, 2))  # texts are drawn first, then clips
+
+  def drawn(logits, allowed, keys):
+    del allowed, keys
+    b = len(logits)
+    return (jnp.arange(b) + next(steps)) % b, jnp.ones(b, bool)
+
+  monkeypatch.setattr(coavt, "hard_negatives", drawn)
+  model = {"text_depth": 2, "mask_audio": 0.0, "mask_video": 0.0}
+  made, given = method(**model), inputs(4)
+  drawn_params = params(made)
+
+  @jax.jit
+  def run(params):
+    _, aux = made.loss(params, given, KEY, STEP)
+    ids, mask = given["text"], given["text_mask"]
+    expected = {}
+    for mode in ("av", "a", "v"):
+      (x,) = made.tokens(params, given, (mode,))
+      logits = [
+        made.judged(params, x, ids, mask),
+        made.judged(params, x, jnp.roll(ids, -1, 0), jnp.roll(mask, -1, 0)),
+        made.judged(params, jnp.roll(x, -2, 0), ids, mask),
+      ]
+      matched = jnp.array([[True], [False], [False]]).repeat(4, 1)
+      each = objectives.matching(jnp.stack(logits), matched, "mean_logits")
+      expected[f"matching_{mode}"] = each.mean()
+      _, cache = made.asked(params, x)
+      words = made.run(params, QueryEncoder.language, cache, ids, mask)
+      expected[f"language_{mode}"] = objectives.language(words, ids, mask, 0.1)
+    return aux["metrics"], expected
+
+  metrics, expected = run(drawn_params)
+  for name, value in expected.items():
+    np.testing.assert_allclose(metrics[name], value, rtol=1e-5, err_msg=name)
+
+
+def test_a_deep_scan_is_the_same():
+  plain = method(text_depth=4)
+  deep = method(text_depth=4, scan=True, remat="full")
+  (one, metrics), grads = gradient(plain)(params(plain), inputs(2))
+  (two, others), theirs = gradient(deep)(params(plain), inputs(2))
+  np.testing.assert_allclose(one, two, rtol=1e-5)
+  for name, value in metrics.items():
+    np.testing.assert_allclose(value, others[name], rtol=1e-4, err_msg=name)
+  for a, b in zip(*map(jax.tree.leaves, (grads, theirs)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
 def test_masks_keep_what_the_ratios_say():

@@ -48,7 +48,6 @@ from avjax.methods.coavt_objectives import (
 from avjax.methods.coavt_retrieval import Retrieval
 from avjax.nn import bert, masking
 from avjax.nn.bert import QueryEncoder
-from avjax.nn.bert_block import both
 from avjax.nn.cav_encoder import INPUTS
 from avjax.nn.masking import Keys
 from avjax.nn.transformer import NORMAL
@@ -125,10 +124,10 @@ class CoAVT(Retrieval):
     text = self.run(params, QueryEncoder.first, ids, mask, **train[0])
     text = self.run(params, QueryEncoder.project, "text", text)
     media = self.tokens(params, inputs, self.trained, self.draw(inputs, masks))
-    media = seen = tuple(media)
+    media = cross = tuple(media)
     if self.model.query_encoder:
-      seen = self.run(params, QueryEncoder.look, media)
-    feature, cache = self.feature(params, seen, **train[1])
+      cross = self.run(params, QueryEncoder.cross_cache, media)
+    feature, cache = self.feature(params, cross, **train[1])
     logits = jax.vmap(similarity, (1, None))(feature, text)
     logits = logits / self.temperature(params)
     equal, here = equal_texts(ids, mask), mask.any(1)
@@ -141,7 +140,7 @@ class CoAVT(Retrieval):
     if "matching" in self.model.objectives:
       keys = example_keys(inputs, draws)
       found |= self.matching(
-        params, media, seen, logits, ids, mask, equal, counted, keys, train[2]
+        params, media, cross, logits, ids, mask, equal, counted, keys, train[2]
       )
     if "language" in self.model.objectives:
       found |= self.language(params, cache, ids, mask, counted, train[3])
@@ -170,7 +169,7 @@ class CoAVT(Retrieval):
     self,
     params: Params,
     media: Sequence[Float[Array, "b _ w"]],
-    seen: bert.Looked,
+    cross: bert.CrossCache,
     logits: Float[Array, "m b b"],
     ids: Int[Array, "b l"],
     mask: Bool[Array, "b l"],
@@ -187,7 +186,7 @@ class CoAVT(Retrieval):
     Args:
       params: of the whole model.
       media: tokens of the clips by mode.
-      seen: of `QueryEncoder.look` at them.
+      cross: `QueryEncoder.cross_cache` of them.
       logits: similarity / temperature.
       ids, mask: words of the texts.
       equal: pairs of equal texts.
@@ -203,12 +202,12 @@ class CoAVT(Retrieval):
     clips, _ = drawn(logits.swapaxes(1, 2), allowed, keys[1])
     m, b = texts.shape
     others = tuple(x[i] for x, i in zip(media, clips, strict=True))
-    others = self.run(params, QueryEncoder.look, others)
+    others = self.run(params, QueryEncoder.cross_cache, others)
 
     # Each clip with its own and the drawn text; then the drawn clips.
     out = self.judged(
-      params, both(seen, others), ids, mask,
-      times=(2,) * m + (1,) * m,
+      params, cross.beside(others), ids, mask,
+      pairs_each=(2,) * m + (1,) * m,
       expand=functools.partial(pairs, drawn=texts), **options,
     )  # fmt: skip
     out = out.reshape(b, 3 * m, *out.shape[1:])

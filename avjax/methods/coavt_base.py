@@ -21,7 +21,7 @@ from avjax.methods import coavt_config
 from avjax.methods.base import Inputs, Loaded, ParamInfo, Params
 from avjax.methods.cavmae_base import CAVMethod
 from avjax.methods.supervised import chosen
-from avjax.nn import bert, sizes
+from avjax.nn import bert, bert_block, sizes
 from avjax.nn.bert import Cache, QueryEncoder
 from avjax.nn.cav_encoder import ALONE, INPUTS, MODALITIES, TOGETHER, Ids, Pass
 from avjax.optim import FROZEN
@@ -79,7 +79,7 @@ class CoAVTMethod(CAVMethod):
     """
     rngs = more.pop("rngs", None)
     own = params[QUERY]
-    own = bert.stacked(own) if self.model.scan else own
+    own = bert_block.stacked(own) if self.model.scan else own
     module = self.query_encoder()
     return module.apply(
       {"params": own}, *args, method=method, rngs=rngs, **more
@@ -138,7 +138,7 @@ class CoAVTMethod(CAVMethod):
     return {**params, QUERY: own}
 
   def asked(
-    self, params: Params, tokens: bert.Encoded | bert.Looked, **more: Any
+    self, params: Params, tokens: bert.Encoded | bert.CrossCache, **more: Any
   ) -> tuple[Float[Array, "_ q d"], Cache]:
     """Q_X and what language modelling needs of that pass."""
     return self.run(params, QueryEncoder.query, tokens, **more)

@@ -13,7 +13,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from avjax import losses
 from avjax.methods.base import Inputs, Params
-from avjax.methods.coavt_base import CoAVTMethod, available, pooled
+from avjax.methods.coavt_base import QUERY, CoAVTMethod, available, pooled
 from avjax.methods.coavt_objectives import bounded
 from avjax.nn import bert
 from avjax.nn.bert import QueryEncoder
@@ -39,7 +39,7 @@ class Retrieval(CoAVTMethod):
 
   def temperature(self, params: Params) -> Float[Array, ""]:
     """What similarities are divided by."""
-    value = params["query_encoder"]["temperature"]
+    value = params[QUERY]["temperature"]
     return bounded(losses.at_least_float32(value))
 
   # --- Passes ---
@@ -47,18 +47,19 @@ class Retrieval(CoAVTMethod):
   def feature(
     self,
     params: Params,
-    media: tuple[Float[Array, "b _ w"], ...] | bert.Looked,
+    media: tuple[Float[Array, "b _ w"], ...] | bert.CrossCache,
     **more: Any,
   ) -> tuple[Float[Array, "b m _ p"], bert.Cache | None]:
     """Projected queries, of length 1; Baseline's one projected mean.
 
     Args:
       params: of the whole model.
-      media: tokens of the clips by mode, or `QueryEncoder.look` at them.
+      media: tokens of the clips by mode, or their `QueryEncoder.cross_cache`.
       **more: of the pass.
     """
     if self.model.query_encoder:
-      modes = bert.arrays(media) if bert.looked(media) else len(media)
+      known = isinstance(media, bert.CrossCache)
+      modes = media.num_arrays if known else len(media)
       out, cache = self.asked(params, media, **more)
       out = self.run(params, QueryEncoder.project, "query", out)
       return rearrange(out, "(b m) q p -> b m q p", m=modes), cache
@@ -70,7 +71,7 @@ class Retrieval(CoAVTMethod):
   def judged(
     self,
     params: Params,
-    tokens: bert.Encoded | bert.Looked,
+    tokens: bert.Encoded | bert.CrossCache,
     ids: Int[Array, "t l"],
     mask: Bool[Array, "t l"],
     **more: Any,

@@ -22,10 +22,10 @@ for it. GELU is exact. There are no token types: `avjax.weights.bert` adds those
 of the first sentence to the positions, which is the same.
 
 What is the same in several pairs is computed once: keys and values of the
-encoder's tokens (`look`), and what a text does until the queries of the first
-block look at the encoder (`expand`). What nobody reads is not computed: in the
-last block, the text's rows of `match` and all but [CLS] of `first`. Dropout is
-then shared in the same way.
+encoder's tokens (`cross_cache`), and what a text does until the queries of the
+first block look at the encoder (`expand`). What nobody reads is not computed:
+in the last block, the text's rows of `match` and all but [CLS] of `first`.
+Dropout is then shared in the same way.
 
 Parameters, with d the width:
 
@@ -48,25 +48,24 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from avjax.errors import InputError, lookup
-from avjax.losses import at_least_float32, unit
+from avjax.losses import unit
 from avjax.nn import sizes
 from avjax.nn.bert_block import (
+  STACKED,
   Block,
   Cache,
+  CrossCache,
   Encoded,
   Expand,
-  How,
   LanguageHead,
-  Looked,
-  arrays,
-  cut,
-  examples,
+  PassOptions,
   first_values,
-  looked,
+  join_layers,
+  layers,
   norm,
-  whole,
+  take_layers,
 )
-from avjax.nn.transformer import NORMAL, REMAT, stack_layers
+from avjax.nn.transformer import NORMAL, REMAT
 
 TEMPERATURE = 0.07  # first value; similarities are divided by it (BLIP-2)
 
@@ -106,7 +105,6 @@ class QueryEncoder(nn.Module):
     """Makes the parts."""
     d = self.size.width
     init = first_values(d)
-    layer = functools.partial(nn.Dense, dtype=self.dtype, kernel_init=init)
     self.words = nn.Embed(
       self.vocabulary, d, dtype=self.dtype, embedding_init=NORMAL
     )
@@ -115,9 +113,11 @@ class QueryEncoder(nn.Module):
     self.norm = norm(self.dtype)
     self.drop = nn.Dropout(self.dropout)
     self.stack = self._blocks()
-    self.project_query = layer(self.projection)
-    self.project_text = layer(self.projection)
-    self.match_head = layer(2, name="match")
+    exact = jnp.promote_types(self.dtype, jnp.float32)
+    head = functools.partial(nn.Dense, dtype=exact, kernel_init=init)
+    self.project_query = head(self.projection)
+    self.project_text = head(self.projection)
+    self.match_head = head(2, name="match")
     self.language_head = LanguageHead(name="language")
     self.temperature = self.param(
       "temperature", nn.initializers.constant(TEMPERATURE), ()
@@ -125,26 +125,26 @@ class QueryEncoder(nn.Module):
 
   def _blocks(self) -> list[Block]:
     """All blocks; with `scan` the first, the one in between and the last."""
-    block, policy = Block, lookup(REMAT, self.remat, "remat policy")
-    if self.remat != "none":
-      block = nn.remat(
-        Block,
-        policy=policy,
-        prevent_cse=not self.scan,
-        static_argnums=(5,),  # how; the module is 0
-      )
+    policy = lookup(REMAT, self.remat, "remat policy")
     if self.scan and self.cross_every != 1:
       raise InputError(
         f"scan=True needs blocks that are alike, but cross_every is "
         f"{self.cross_every}"
       )
-    return [
-      block(
-        self.size, self.dropout, i % self.cross_every == 0, self.query_ffn,
-        self.dtype, name=name,
-      )
-      for name, i, _ in self._layers()
-    ]  # fmt: skip
+    blocks = []
+    for name, i, _ in self._layers():
+      block = Block
+      if self.remat != "none":
+        block = nn.remat(
+          Block,
+          policy=policy,
+          prevent_cse=name != STACKED,  # a scan prevents it
+          static_argnums=(5,),  # options; the module is 0
+        )
+      looks = i % self.cross_every == 0
+      options = (self.size, self.dropout, looks, self.query_ffn, self.dtype)
+      blocks.append(block(*options, name=name))
+    return blocks
 
   def __call__(
     self,
@@ -167,8 +167,10 @@ class QueryEncoder(nn.Module):
 
   # --- Passes
 
-  def look(self, enc: Encoded) -> Looked:
+  def cross_cache(self, enc: Encoded) -> CrossCache:
     """Keys and values of an encoder's tokens, for any number of passes.
+
+    They are kept for the backward pass, whatever `remat` says.
 
     Args:
       enc: tokens of any width; a tuple of arrays [b s w] is of the same
@@ -179,15 +181,15 @@ class QueryEncoder(nn.Module):
     found = []
     for block, (name, *_) in zip(self.stack, self._layers(), strict=True):
       if name != STACKED:
-        found.append(block.look(enc))
+        found.append(block.memory(enc))
         continue
-      step = self._scanned(lambda block, _: ((), block.look(enc)))
+      step = self._scanned(lambda block, _: ((), block.memory(enc)))
       found.append(step(block, ())[1])
-    return tuple(found)
+    return CrossCache(tuple(found))
 
   def query(
     self,
-    enc: Encoded | Looked,
+    enc: Encoded | CrossCache,
     enc_mask: Bool[Array, "b s"] | None = None,
     *,
     train: bool = False,
@@ -195,21 +197,26 @@ class QueryEncoder(nn.Module):
     """What the queries find in an encoder's tokens.
 
     Args:
-      enc: tokens of the encoder, or what `look` made of them. Of a tuple of g
-        arrays come g b rows: those of the first example, one for each array,
+      enc: tokens of the encoder, or their `cross_cache`. Of a tuple of g arrays
+        come g b rows: those of the first example, one for each array,
         then those of the second. One pass serves them all.
-      enc_mask: true where there is a token; None = everywhere.
+      enc_mask: true where there is a token, of one array; None = everywhere.
       train: drops out.
+
+    Raises:
+      InputError: a mask for several arrays.
 
     Returns:
       The queries' rows, and their keys and values [depth b h q d/h] for
       `language` and `step`.
     """
-    seen = enc if looked(enc) else self.look(enc)
-    x = self._query_rows(examples(seen), train)
-    how = How(train, self.queries, (1,) * arrays(seen))
-    out, caches = self._run(x, None, how, seen=seen, enc_mask=enc_mask)
-    return out, whole(caches)
+    cross = self._cross_cache(enc)
+    if enc_mask is not None and cross.num_arrays > 1:
+      raise InputError(f"one enc_mask for {cross.num_arrays} arrays of tokens")
+    x = self._query_rows(cross.num_rows, train)
+    options = PassOptions(train, self.queries, (1,) * cross.num_arrays)
+    out, caches = self._run(x, None, options, cross=cross, enc_mask=enc_mask)
+    return out, join_layers(caches)
 
   def text(
     self,
@@ -229,7 +236,7 @@ class QueryEncoder(nn.Module):
       InputError: the text is longer than there are positions.
     """
     x = self._text_rows(ids, train)
-    return self._run(x, mask[:, None, None], How(train))[0]
+    return self._run(x, mask[:, None, None], PassOptions(train))[0]
 
   def first(
     self,
@@ -240,15 +247,16 @@ class QueryEncoder(nn.Module):
   ) -> Float[Array, "b d"]:
     """Row 0 of `text`, for less."""
     x = self._text_rows(ids, train)
-    return self._run(x, mask[:, None, None], How(train, asking=1))[0][:, 0]
+    options = PassOptions(train, num_outputs=1)
+    return self._run(x, mask[:, None, None], options)[0][:, 0]
 
   def match(
     self,
-    enc: Encoded | Looked,
+    enc: Encoded | CrossCache,
     ids: Int[Array, "t l"],
     mask: Bool[Array, "t l"],
     *,
-    times: tuple[int, ...] | None = None,
+    pairs_each: tuple[int, ...] | None = None,
     expand: Expand | None = None,
     train: bool = False,
   ) -> Float[Array, "n q d"]:
@@ -258,34 +266,43 @@ class QueryEncoder(nn.Module):
       enc: see `query`.
       ids: words.
       mask: true where there is a word.
-      times: of several arrays of tokens, how many pairs of an example are with
-        each, one after the other; None = one.
+      pairs_each: of several arrays of tokens, how many pairs of an example are
+        with each, one after the other; None = one.
       expand: makes rows [n …] of pairs out of rows [t …] of texts, for pairs
         that share texts; None = every text has one pair.
       train: drops out.
+
+    Raises:
+      InputError: another number of pairs than `pairs_each` says.
     """
-    how = How(train, self.queries, times or (), self.queries, expand)
-    return self._joint(enc, ids, mask, how)
+    q = self.queries
+    options = PassOptions(train, q, pairs_each or (), q, expand)
+    return self._joint(enc, ids, mask, options)
 
   def joint(
     self,
-    enc: Encoded | Looked,
+    enc: Encoded | CrossCache,
     ids: Int[Array, "b l"],
     mask: Bool[Array, "b l"],
     *,
     train: bool = False,
   ) -> Float[Array, "b n d"]:
     """Rows of queries and text that have seen each other."""
-    return self._joint(enc, ids, mask, How(train, self.queries))
+    return self._joint(enc, ids, mask, PassOptions(train, self.queries))
 
-  def _joint(self, enc, ids, mask, how):
-    seen = enc if looked(enc) else self.look(enc)
-    how = how._replace(times=how.times or (1,) * arrays(seen))
-    b, train = len(ids), how.train
+  def _joint(self, enc, ids, mask, options):
+    cross = self._cross_cache(enc)
+    each = options.pairs_each or (1,) * cross.num_arrays
+    options = options._replace(pairs_each=each)
+    b, train = len(ids), options.train
+    rows = jax.eval_shape(options.expand or (lambda x: x), ids).shape[0]
+    wanted = sum(each) * cross.num_rows // cross.num_arrays
+    if rows != wanted:
+      raise InputError(f"{rows} texts for {wanted} pairs of {each} by example")
     parts = [self._query_rows(b, train), self._text_rows(ids, train)]
     own = jnp.pad(mask, ((0, 0), (self.queries, 0)), constant_values=True)
     x = jnp.concatenate(parts, axis=1)
-    return self._run(x, own[:, None, None], how, seen=seen)[0]
+    return self._run(x, own[:, None, None], options, cross=cross)[0]
 
   def language(
     self,
@@ -309,13 +326,14 @@ class QueryEncoder(nn.Module):
     ids = ids.at[:, 0].set(self.vocabulary - 1)
     length, queries = ids.shape[1], cache.keys.shape[3]
     own = jnp.tri(length, dtype=bool) & mask[:, None, None]
-    seen = ((0, 0), (0, 0), (0, 0), (queries, 0))
-    own = jnp.pad(own, seen, constant_values=True)
+    before = ((0, 0), (0, 0), (0, 0), (queries, 0))
+    own = jnp.pad(own, before, constant_values=True)
     x = self._text_rows(ids, train)
     expand = None
     if repeats > 1:
       expand = functools.partial(jnp.repeat, repeats=repeats, axis=0)
-    x, _ = self._run(x, own, How(train, expand=expand), past=cache)
+    options = PassOptions(train, expand=expand)
+    x, _ = self._run(x, own, options, past=cache)
     return self.language_head(x, self.words)
 
   # --- Generation
@@ -354,12 +372,12 @@ class QueryEncoder(nn.Module):
     x = self.words(token)[:, None]
     x = x + self.position_table[position].astype(x.dtype)
     mask = seen[None, None, None]
-    x, caches = self._run(self.norm(x), mask, How(False), past=past)
+    x, caches = self._run(self.norm(x), mask, PassOptions(False), past=past)
     logits = self.language_head(x, self.words)[:, 0]
     insert = functools.partial(
       jax.lax.dynamic_update_slice_in_dim, start_index=position, axis=3
     )
-    return logits, jax.tree.map(insert, text_cache, whole(caches))
+    return logits, jax.tree.map(insert, text_cache, join_layers(caches))
 
   # --- Heads
 
@@ -375,7 +393,7 @@ class QueryEncoder(nn.Module):
 
   def matching(self, out: Float[Array, "b q d"]) -> Float[Array, "b q 2"]:
     """Logits of (no match, match) per query, of `match`'s rows."""
-    return at_least_float32(self.match_head(out))
+    return self.match_head(out)
 
   # --- Rows
 
@@ -398,6 +416,9 @@ class QueryEncoder(nn.Module):
 
   # --- The stack
 
+  def _cross_cache(self, enc: Encoded | CrossCache) -> CrossCache:
+    return enc if isinstance(enc, CrossCache) else self.cross_cache(enc)
+
   def _layers(self) -> list[tuple[str, int, int]]:
     return layers(self.size.depth, self.scan)
 
@@ -405,15 +426,15 @@ class QueryEncoder(nn.Module):
     self,
     x: Float[Array, "b n d"],
     mask: Bool[Array, "#b 1 #n #k"] | None,
-    how: How,
+    options: PassOptions,
     *,
-    seen: Looked | None = None,
+    cross: CrossCache | None = None,
     enc_mask: Bool[Array, "b s"] | None = None,
     past: Cache | None = None,
   ) -> tuple[Float[Array, "_ a d"], list[Cache]]:
-    """All blocks; `how.asking` is of the last, `how.expand` of the first.
+    """All blocks; `num_outputs` is for the last, `expand` for the first.
 
-    Rows of `past` are those after `how.expand`. What was new comes back by
+    Rows of `past` are those after `expand`. What was new comes back by
     module, see `layers`.
     """
     if enc_mask is not None:
@@ -423,22 +444,23 @@ class QueryEncoder(nn.Module):
       self.stack, self._layers(), strict=True
     ):
       end = start + count
-      own = how._replace(
-        asking=how.asking if end == self.size.depth else None,
-        expand=None if start else how.expand,
+      last = end == self.size.depth
+      own = options._replace(
+        num_outputs=options.num_outputs if last else None,
+        expand=None if start else options.expand,
       )
-      here = cut(past, start, end)
+      here = take_layers(past, start, end)
       if own.expand and past is not None:
         # Nothing has been seen yet: the rows of a text are alike.
         share = past.keys.shape[1] // len(x)
         here = Cache(*(y[:, ::share] for y in here))
-      own_seen = seen and seen[len(caches)]
+      memory = cross and cross.modules[len(caches)]
       more = (mask, enc_mask), own
       if name == STACKED:
         step = self._scanned(lambda block, x, *each: block(x, *each, *more))  # noqa: B023
-        x, new = step(block, x, here, own_seen)
+        x, new = step(block, x, here, memory)
       else:
-        x, new = block(x, cut(here, 0), own_seen, *more)
+        x, new = block(x, take_layers(here, 0), memory, *more)
         new = Cache(*(y[None] for y in new))
       if own.expand and mask is not None and len(mask) > 1:
         mask = own.expand(mask)
@@ -452,38 +474,3 @@ class QueryEncoder(nn.Module):
     return nn.scan(
       step, {"params": 0}, split_rngs=rngs, in_axes=0, length=count
     )
-
-
-STACKED = "blocks"  # parameters of several blocks, see `stacked`
-
-
-def layers(depth: int, scan: bool) -> list[tuple[str, int, int]]:
-  """The modules of a stack: name, first block and how many.
-
-  With `scan` one stands for all but the first and the last block, which do
-  less than the others.
-  """
-  names = [(f"block_{i:02d}", i, 1) for i in range(depth)]
-  if scan and depth > 2:
-    return [names[0], (STACKED, 1, depth - 2), names[-1]]
-  return names
-
-
-def stacked(params: Any) -> Any:
-  """Parameters as `scan=True` needs them.
-
-  Args:
-    params: one block per layer, or all of them in one stack, see
-      `transformer.stack_layers`.
-  """
-  params = stack_layers(params)
-  blocks = params[STACKED]
-  depth = len(jax.tree.leaves(blocks)[0])
-  own = {
-    name: jax.tree.map(
-      lambda x, i=i, n=n, name=name: x[i : i + n] if name == STACKED else x[i],
-      blocks,
-    )
-    for name, i, n in layers(depth, True)
-  }
-  return {**{k: x for k, x in params.items() if k != STACKED}, **own}

@@ -12,7 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from avjax.losses import at_least_float32
 from avjax.nn.sizes import Size
-from avjax.nn.transformer import GELU
+from avjax.nn.transformer import GELU, stack_layers
 
 EPS = 1e-12
 
@@ -36,21 +36,43 @@ Encoded = Float[Array, "_ _ w"] | tuple[Float[Array, "_ _ w"], ...]
 Expand = Callable[[Array], Array]
 
 
-# What queries look at in a block without and with cross-attention.
-Seen = tuple[Cache, ...] | None
-
-# The same of a stack, by module; see `bert.QueryEncoder.look`.
-Looked = tuple[Seen, ...]
+# Of a block with and without cross-attention, by array of tokens.
+Memory = tuple[Cache, ...] | None
 
 
-class How(NamedTuple):
+class CrossCache(NamedTuple):
+  """Keys and values of an encoder's tokens; of `QueryEncoder.cross_cache`.
+
+  Attributes:
+    modules: by module of the stack, see `bert.layers`.
+  """
+
+  modules: tuple[Memory, ...]
+
+  @property
+  def num_arrays(self) -> int:
+    """Of tokens; the first block always looks at them."""
+    return len(self.modules[0])
+
+  @property
+  def num_rows(self) -> int:
+    """Rows of queries if each example has one for every array."""
+    return sum(len(one.keys) for one in self.modules[0])
+
+  def beside(self, other: "CrossCache") -> "CrossCache":
+    """The arrays of both, of the same examples."""
+    pairs = zip(self.modules, other.modules, strict=True)
+    return CrossCache(tuple(None if a is None else a + b for a, b in pairs))
+
+
+class PassOptions(NamedTuple):
   """What a pass asks of a block; all of it static.
 
   Attributes:
     train: drops out.
     queries: how many of the rows are queries.
-    times: see `CrossAttention`.
-    asking: how many rows, from the first on, are wanted; None = all.
+    pairs_each: see `CrossAttention`.
+    num_outputs: how many rows, from the first on, are wanted; None = all.
     expand: makes a row for each pair out of the rows for each text, after the
       self-attention: queries and text have not seen an encoder before, so
       what they do until then is the same in all pairs of a text.
@@ -58,8 +80,8 @@ class How(NamedTuple):
 
   train: bool
   queries: int = 0
-  times: tuple[int, ...] = ()
-  asking: int | None = None
+  pairs_each: tuple[int, ...] = ()
+  num_outputs: int | None = None
   expand: Expand | None = None
 
 
@@ -115,7 +137,7 @@ class SelfAttention(nn.Module):
     x: Float[Array, "b n d"],
     past: Cache | None,
     mask: Bool[Array, "#b 1 #n #k"] | None,
-    asking: int | None,
+    num_outputs: int | None,
     train: bool,
   ) -> tuple[Float[Array, "b a d"], Cache]:
     """Attends.
@@ -124,14 +146,14 @@ class SelfAttention(nn.Module):
       x: rows.
       past: rows that come before x and were seen earlier.
       mask: true where row n may look at k: those before it, then its own.
-      asking: how many rows, from the first on, are wanted; None = all.
+      num_outputs: how many rows, from the first on, are wanted; None = all.
       train: drops out.
 
     Returns:
       The wanted rows, and keys and values of all that were new.
     """
     b, n, d = x.shape
-    asking = n if asking is None else asking
+    asking = n if num_outputs is None else num_outputs
     layer = QKV(name="qkv")
     rows = x[:, :asking].reshape(-1, d)
     q, k, v = split(layer(rows), b, self.heads, 3)
@@ -176,7 +198,7 @@ class CrossAttention(nn.Module):
     self.norm = norm(self.dtype)
     self.drop = nn.Dropout(self.dropout)
 
-  def look(self, tokens: Float[Array, "b s w"]) -> Cache:
+  def cache(self, tokens: Float[Array, "b s w"]) -> Cache:
     """Keys and values of an encoder's tokens."""
     rows = self.kv(tokens.reshape(-1, tokens.shape[-1]))
     return Cache(*split(rows, len(tokens), self.heads, 2))
@@ -184,26 +206,28 @@ class CrossAttention(nn.Module):
   def __call__(
     self,
     x: Float[Array, "n q d"],
-    seen: tuple[Cache, ...],
-    times: tuple[int, ...],
+    memory: tuple[Cache, ...],
+    pairs_each: tuple[int, ...],
     mask: Bool[Array, "b 1 1 s"] | None,
     train: bool,
   ) -> Float[Array, "n q d"]:
     """Attends.
 
     Args:
-      x: queries: sum(times) rows for the first example, then for the second.
-      seen: of `look`, each of all examples.
-      times: how many rows of an example, one after the other, look at each.
+      x: queries: sum(pairs_each) rows for the first example, then for the
+        second.
+      memory: of `cache`, each of all examples.
+      pairs_each: how many rows of an example, one after the other, look at
+        each.
       mask: true where there is a token; None = everywhere.
       train: drops out.
     """
     (n, count, d), rows = x.shape, x.reshape(-1, x.shape[-1])
     drop = functools.partial(self.drop, deterministic=not train)
-    groups = self.query(rows).reshape(-1, sum(times), count, d)
-    starts = list(itertools.accumulate(times))[:-1]
+    groups = self.query(rows).reshape(-1, sum(pairs_each), count, d)
+    starts = list(itertools.accumulate(pairs_each))[:-1]
     out = []
-    for q, cache in zip(jnp.split(groups, starts, 1), seen, strict=True):
+    for q, cache in zip(jnp.split(groups, starts, 1), memory, strict=True):
       b, own = q.shape[:2]
       # Rows that look at the same tokens are queries of one attention.
       (q,) = split(q.reshape(-1, d), b, self.heads, 1)
@@ -267,14 +291,14 @@ class Block(nn.Module):
   Attributes:
     size: of the stack.
     dropout: everywhere in the block.
-    cross: whether queries look at the encoder here.
+    looks: whether queries look at the encoder here.
     query_ffn: whether queries have an MLP of their own.
     dtype: of the computation.
   """
 
   size: Size
   dropout: float
-  cross: bool
+  looks: bool
   query_ffn: bool
   dtype: Any
 
@@ -282,54 +306,53 @@ class Block(nn.Module):
     """Makes the parts."""
     heads, drop = self.size.heads, self.dropout
     self.attention = SelfAttention(heads, drop)
-    if self.cross:
-      self.look_at = CrossAttention(
-        heads, drop, self.size.width, self.dtype, name="cross"
-      )
+    if self.looks:
+      width = self.size.width
+      self.cross = CrossAttention(heads, drop, width, self.dtype)
     self.mlp = MLP(self.size.mlp, drop)
     if self.query_ffn:
       self.mlp_query = MLP(self.size.mlp, drop)
 
-  def look(self, tokens: tuple[Float[Array, "b _ w"], ...]) -> Seen:
+  def memory(self, tokens: tuple[Float[Array, "b _ w"], ...]) -> Memory:
     """Keys and values of the encoder's tokens; None without cross-attention."""
-    if not self.cross:
+    if not self.looks:
       return None
-    return tuple(self.look_at.look(x) for x in tokens)
+    return tuple(self.cross.cache(x) for x in tokens)
 
   def __call__(
     self,
     x: Float[Array, "b n d"],
     past: Cache | None,
-    seen: Seen,
+    memory: Memory,
     masks: tuple[Bool[Array, "#b 1 #n #k"] | None, Array | None],
-    how: How,
+    options: PassOptions,
   ) -> tuple[Float[Array, "_ a d"], Cache]:
     """Applies the block.
 
     Args:
       x: queries, then text; either may be missing.
       past: rows that come before them and are not computed again.
-      seen: of `look`; see `CrossAttention` for which rows look at which.
+      memory: see `CrossAttention` for which rows look at which.
       masks: of the self-attention, see `SelfAttention`, and of the tokens.
-      how: see `How`.
+      options: see `PassOptions`.
 
     Returns:
       The wanted rows, and keys and values [b h n c] of all that were new.
     """
-    x, new = self.attention(x, past, masks[0], how.asking, how.train)
-    q, t = x[:, : how.queries], x[:, how.queries :]
-    if how.expand:
-      q = how.expand(q)
-    if how.queries and self.cross:
-      q = self.look_at(q, seen, how.times, masks[1], how.train)
-    own = self.mlp_query if self.query_ffn else self.mlp
-    if how.queries and t.shape[1] and len(q) == len(t) and not self.query_ffn:
-      return self.mlp(jnp.concatenate([q, t], axis=1), how.train), new
-    parts = [own(q, how.train)] if how.queries else []
-    if t.shape[1]:
-      t = self.mlp(t, how.train)
-      parts.append(how.expand(t) if how.expand else t)
-    return jnp.concatenate(parts, axis=1), new
+    train, queries = options.train, options.queries
+    x, new = self.attention(x, past, masks[0], options.num_outputs, train)
+    q, t = x[:, :queries], x[:, queries:]
+    expand = options.expand or (lambda x: x)
+    q = expand(q)
+    if queries and self.looks:
+      q = self.cross(q, memory, options.pairs_each, masks[1], train)
+    if not queries or not t.shape[1]:
+      own = self.mlp_query if queries and self.query_ffn else self.mlp
+      return expand(own(t, train)) if not queries else own(q, train), new
+    if not self.query_ffn and not options.expand:
+      return self.mlp(jnp.concatenate([q, t], axis=1), train), new
+    q = (self.mlp_query if self.query_ffn else self.mlp)(q, train)
+    return jnp.concatenate([q, expand(self.mlp(t, train))], axis=1), new
 
 
 class LanguageHead(nn.Module):
@@ -343,41 +366,57 @@ class LanguageHead(nn.Module):
     x = GELU["erf"](dense(x, x.shape[-1], "dense", x.shape[-1]))
     x = norm(x.dtype, "norm")(x)
     bias = self.param("bias", nn.initializers.zeros, (words.num_embeddings,))
-    logits = at_least_float32(words.attend(x))
+    table = words.embedding.astype(x.dtype)
+    exact = jnp.promote_types(x.dtype, jnp.float32)
+    logits = jnp.einsum("bld,kd->blk", x, table, preferred_element_type=exact)
     return logits + bias.astype(logits.dtype)
 
 
-# --- What passes have seen ---------------------------------------------------
+# --- The stack ----------------------------------------------------------------
 
 
-def both(one: Looked, two: Looked) -> Looked:
-  """Of what two looks of a stack gave, that at the arrays of both."""
-  pairs = zip(one, two, strict=True)
-  return tuple(None if a is None else a + b for a, b in pairs)
-
-
-def looked(enc: Any) -> bool:
-  """Whether it is of `look` and not the tokens themselves."""
-  return isinstance(enc, tuple) and isinstance(enc[0], tuple)
-
-
-def arrays(seen: Looked) -> int:
-  """How many arrays of tokens there are; the first block always looks."""
-  return len(seen[0])
-
-
-def examples(seen: Looked) -> int:
-  """Rows of queries that look at these tokens, one at each."""
-  return sum(len(one.keys) for one in seen[0])
-
-
-def whole(caches: list[Cache]) -> Cache:
+def join_layers(caches: list[Cache]) -> Cache:
   """Of parts of the stack, each [depth …], that of all its blocks."""
   return jax.tree.map(lambda *x: jnp.concatenate(x), *caches)
 
 
-def cut(past: Cache | None, *place: int) -> Cache | None:
+def take_layers(past: Cache | None, *place: int) -> Cache | None:
   """One block of what was seen, or those from a first to an end."""
   if past is None:
     return None
   return Cache(*(y[slice(*place) if place[1:] else place[0]] for y in past))
+
+
+STACKED = "blocks"  # parameters of several blocks, see `stacked`
+
+
+def layers(depth: int, scan: bool) -> list[tuple[str, int, int]]:
+  """The modules of a stack: name, first block and how many.
+
+  With `scan` one stands for all but the first and the last block, which do
+  less than the others.
+  """
+  names = [(f"block_{i:02d}", i, 1) for i in range(depth)]
+  if scan and depth > 2:
+    return [names[0], (STACKED, 1, depth - 2), names[-1]]
+  return names
+
+
+def stacked(params: Any) -> Any:
+  """Parameters as `scan=True` needs them.
+
+  Args:
+    params: one block per layer, or all of them in one stack, see
+      `transformer.stack_layers`.
+  """
+  params = stack_layers(params)
+  blocks = params[STACKED]
+  depth = len(jax.tree.leaves(blocks)[0])
+  own = {
+    name: jax.tree.map(
+      lambda x, i=i, n=n, name=name: x[i : i + n] if name == STACKED else x[i],
+      blocks,
+    )
+    for name, i, n in layers(depth, True)
+  }
+  return {**{k: x for k, x in params.items() if k != STACKED}, **own}
