@@ -52,8 +52,10 @@ def captions(
     Tokens, and the score of each row.
 
   Raises:
-    InputError: the model has no tokens to ask.
+    InputError: the model has no tokens to ask, or there are no beams.
   """
+  if beams < 1:
+    raise InputError(f"beams={beams}: at least 1")
   if "tokens" not in media:
     raise InputError(
       f"method {type(method).__name__} has no tokens to be captioned"

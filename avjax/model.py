@@ -139,12 +139,14 @@ class Model:
       beams: of the beam search; 1 = greedily.
 
     Raises:
-      InputError: the method writes no captions or has no such mode.
+      InputError: the method writes no captions or has no such mode; a clip
+        lacks a track of it.
     """
     mode = self._text_mode("caption_start", mode)
     found = self._each(
       clips,
       lambda batch: {"ids": self._caption(self._live, batch, mode, beams)},
+      mode,
     )
     decode = text.tokenizer(self.config.data).decode
     return [decode(row) for row in found["ids"]]
@@ -166,7 +168,8 @@ class Model:
       [texts, clips].
 
     Raises:
-      InputError: the method reads no text or has no such mode.
+      InputError: the method reads no text or has no such mode; a clip lacks a
+        track of it.
     """
     mode = self._text_mode("encode_text", mode)
     data = self.config.data
@@ -174,7 +177,9 @@ class Model:
     ids, mask = text.tokenizer(data).encode(texts, data.text.length)
     told = jax.device_get(self._encode_text(self._live, ids, mask))
     media = self._each(
-      clips, lambda batch: {"x": self._encode_media(self._live, batch, mode)}
+      clips,
+      lambda batch: {"x": self._encode_media(self._live, batch, mode)},
+      mode,
     )
     return np.einsum("bqp,tp->tbq", media["x"], told).max(axis=-1)
 
@@ -188,16 +193,26 @@ class Model:
     return max(captioned.chosen_modes(self.method, modality, modes), key=len)
 
   def _each(
-    self, clips: Files | Mapping[str, Any], compute: Callable[[Any], Any]
+    self,
+    clips: Files | Mapping[str, Any],
+    compute: Callable[[Any], Any],
+    mode: str = "",
   ) -> dict[str, np.ndarray]:
-    """Computes a batch at once and files in chunks of one size."""
+    """Computes a batch at once and files in chunks of one size.
+
+    Raises:
+      InputError: a clip lacks a track that the mode, if there is one, sees.
+    """
     if isinstance(clips, Mapping):
-      return jax.device_get(compute(self.batch(clips)))
+      batch = self.batch(clips)
+      _need_tracks(batch, range(len(batch["index"])), mode)
+      return jax.device_get(compute(batch))
     paths = [clips] if isinstance(clips, (str, pathlib.Path)) else list(clips)
     parts = []
     for first in range(0, max(len(paths), 1), CHUNK):
       some = paths[first : first + CHUNK]
       batch = self.batch(some)
+      _need_tracks(batch, some, mode)
       if len(paths) > CHUNK:
         batch = padded(batch, CHUNK)
       found = jax.device_get(compute(batch))
@@ -264,3 +279,21 @@ class Model:
   def _inputs(self, batch: Any) -> dict[str, jax.Array]:
     rng = jax.random.key(0)
     return augment.prepare(batch, self.config.data, rng, False)
+
+
+def _need_tracks(
+  batch: Mapping[str, Any], names: Sequence[Any], mode: str
+) -> None:
+  """Raises InputError where a clip lacks what the mode sees."""
+  for modality in captioned.MODES.get(mode, ()):
+    has = np.asarray(batch.get(f"has_{modality}", True)) | np.zeros(
+      len(names), bool
+    )
+    if not has.all():
+      own = " or ".join(
+        repr(m) for m, seen in captioned.MODES.items() if modality not in seen
+      )
+      raise InputError(
+        f"{names[int(has.argmin())]} has no {modality} for mode {mode!r}; "
+        f"mode {own} needs none"
+      )

@@ -177,6 +177,14 @@ def test_captions_are_the_argmax_of_the_full_pass(pair):
   similar = model.similarity(told, media, "av")
   expected = found.tables["av"].similar[:, :8]
   np.testing.assert_allclose(similar, expected, atol=1e-5)
+  silent = {**media, "has_audio": np.arange(8) != 3}
+  with pytest.raises(
+    InputError, match="3 has no audio for mode 'av'; mode 'v'"
+  ):
+    model.caption(silent)
+  model.similarity("a bell", silent, "v")
+  with pytest.raises(InputError, match="beams=0: at least 1"):
+    model.caption(media, beams=0)
   with pytest.raises(InputError, match="unknown mode of retrieval 'w'"):
     model.caption(media, "w")
   with pytest.raises(InputError, match="has no tokens"):

@@ -139,7 +139,7 @@ class Captions(Captioned):
       length=self.length,
       length_penalty=float(self.section.get("length_penalty", 1.0)),
     )  # fmt: skip
-    made = write(), write(beams=max(self.section.get("beams", 3), 1))
+    made = write(), write(beams=self.section.get("beams", 3))
     found = self.facts(batch)
     for search, (ids, scores) in zip(SEARCHES, made, strict=True):
       found |= {search: ids, f"{search}_score": scores}
