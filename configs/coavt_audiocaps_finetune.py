@@ -41,7 +41,7 @@ PAPER = {
   "epochs": 15,
 }
 VARIANTS = {v: {**PAPER, "variant": v} for v in coavt_audioset.MODELS}
-DEMO = {"pretrain": "scratch", "epochs": 12}
+DEMO = {"pretrain": "scratch", "queries": 8, "epochs": 12}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

@@ -70,7 +70,7 @@ SOURCES = {
   "cavmae": "runs/cavmae_audioset",
   "scratch": "",
 }
-DEMO = {"pretrain": "scratch", "epochs": 24}
+DEMO = {"pretrain": "scratch", "queries": 8, "epochs": 24}
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -131,7 +131,6 @@ def shrink(config: ConfigDict) -> ConfigDict:
   config.data.augment.roll = 0
   config.model.update(text_width=128, text_depth=2, text_heads=4, text_mlp=256)
   config.model.update(dropout=0.0)
-  config.model.queries //= 2
   config.batch_size = 32
   # Ours: what hundreds of steps from random weights learn most with.
   config.schedule.update(base_lr=1e-3, warmup_steps=0, warmup_epochs=2.0)

@@ -37,7 +37,7 @@ PAPER = coavt_audiocaps_finetune.PAPER
 VARIANTS = {
   v: {**PAPER, "variant": v} for v in ("coavt", "without_v", "vanilla")
 }
-DEMO = {"pretrain": "scratch", "epochs": 10}
+DEMO = {"pretrain": "scratch", "queries": 8, "epochs": 10}
 MODES = {"av": ("av", "a", "v"), "a": (), "v": ()}
 
 

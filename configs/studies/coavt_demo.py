@@ -32,8 +32,8 @@ PRETRAINED = {
   "without_pictures_and_text": ",variant=without_v",
   "vanilla": ",variant=vanilla",
   "baseline": ",variant=baseline",
-  "vanilla_half_the_queries": ",variant=vanilla,queries=8",
-  "vanilla_twice_the_queries": ",variant=vanilla,queries=32",
+  "vanilla_4_queries": ",variant=vanilla,queries=4",
+  "vanilla_16_queries": ",variant=vanilla,queries=16",
   "without_masks": ",mask_audio=0,mask_video=0",
   "masks_75_75": ",mask_video=0.75",
   "masks_50_75": ",mask_audio=0.5,mask_video=0.75",
@@ -88,7 +88,7 @@ def start() -> Row:
 
 
 def overrides(name: str, values: Sequence[str]) -> tuple[str, ...]:
-  """The row's, evaluated once, at the end; those fine-tuned are re-ranked."""
+  """The row's, evaluated once, at the end; two rows are re-ranked."""
   once = ("evals.text.every_epochs=0.0", "evals.retrieval.every_epochs=0.0")
   rerank = 16 if name in ("coavt", "vanilla") else 0
   return (*values, *once, f"evals.text.rerank={rerank}")

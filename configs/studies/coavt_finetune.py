@@ -3,8 +3,10 @@
 python -m avjax.sweep --study=configs/studies/coavt_finetune.py --output=DIR
 
 The mean of the queries after the pretraining of configs/studies/coavt_demo.py,
-300 steps, ten frames, probabilities averaged; `cavmae` is CAV-MAE's classifier,
-which has the same start without text, see configs/studies/cavmae_finetune.py.
+300 steps, ten frames, probabilities averaged. Beside it, without text: the same
+from the CAV-MAE that was its start (`coavt_classifier_of_cavmae`), and
+CAV-MAE's own classifier from there (`cavmae_classifier`; see
+configs/studies/cavmae_finetune.py).
 Table II.
 """
 
