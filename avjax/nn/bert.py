@@ -85,7 +85,8 @@ class QueryEncoder(nn.Module):
     dtype: of the computation. Statistics, logits and projections are float32
       at least.
     scan: one compiled block for all layers but the first and the last;
-      parameters are those of `stacked` then. Blocks have to be alike.
+      parameters are those of `bert_block.stacked` then. Blocks have to be
+      alike.
     remat: name in `transformer.REMAT`.
   """
 

@@ -44,7 +44,7 @@ class CrossCache(NamedTuple):
   """Keys and values of an encoder's tokens; of `QueryEncoder.cross_cache`.
 
   Attributes:
-    modules: by module of the stack, see `bert.layers`.
+    modules: by module of the stack, see `layers`.
   """
 
   modules: tuple[Memory, ...]
@@ -346,13 +346,13 @@ class Block(nn.Module):
     q = expand(q)
     if queries and self.looks:
       q = self.cross(q, memory, options.pairs_each, masks[1], train)
-    if not queries or not t.shape[1]:
-      own = self.mlp_query if queries and self.query_ffn else self.mlp
-      return expand(own(t, train)) if not queries else own(q, train), new
-    if not self.query_ffn and not options.expand:
+    own = self.mlp_query if self.query_ffn else self.mlp
+    if queries and t.shape[1] and not self.query_ffn and not options.expand:
       return self.mlp(jnp.concatenate([q, t], axis=1), train), new
-    q = (self.mlp_query if self.query_ffn else self.mlp)(q, train)
-    return jnp.concatenate([q, expand(self.mlp(t, train))], axis=1), new
+    parts = [own(q, train)] if queries else []
+    if t.shape[1]:
+      parts.append(expand(self.mlp(t, train)))
+    return jnp.concatenate(parts, axis=1), new
 
 
 class LanguageHead(nn.Module):
