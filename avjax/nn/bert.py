@@ -168,15 +168,17 @@ class QueryEncoder(nn.Module):
 
   # --- Passes
 
-  def cross_cache(self, enc: Encoded) -> CrossCache:
+  def cross_cache(self, enc: Encoded | CrossCache) -> CrossCache:
     """Keys and values of an encoder's tokens, for any number of passes.
 
     They are kept for the backward pass, whatever `remat` says.
 
     Args:
       enc: tokens of any width; a tuple of arrays [b s w] is of the same
-        examples, each of any number s of tokens.
+        examples, each of any number s of tokens. A cache stays as it is.
     """
+    if isinstance(enc, CrossCache):
+      return enc
     enc = enc if isinstance(enc, tuple) else (enc,)
     enc = jax.tree.map(lambda x: x.astype(self.dtype), enc)
     found = []
@@ -211,7 +213,7 @@ class QueryEncoder(nn.Module):
       The queries' rows, and their keys and values [depth b h q d/h] for
       `language` and `step`.
     """
-    cross = self._cross_cache(enc)
+    cross = self.cross_cache(enc)
     if enc_mask is not None and cross.num_arrays > 1:
       raise InputError(f"one enc_mask for {cross.num_arrays} arrays of tokens")
     x = self._query_rows(cross.num_rows, train)
@@ -292,7 +294,7 @@ class QueryEncoder(nn.Module):
     return self._joint(enc, ids, mask, PassOptions(train, self.queries))
 
   def _joint(self, enc, ids, mask, options):
-    cross = self._cross_cache(enc)
+    cross = self.cross_cache(enc)
     each = options.pairs_each or (1,) * cross.num_arrays
     options = options._replace(pairs_each=each)
     b, train = len(ids), options.train
@@ -416,9 +418,6 @@ class QueryEncoder(nn.Module):
     return self.drop(x, deterministic=not train)
 
   # --- The stack
-
-  def _cross_cache(self, enc: Encoded | CrossCache) -> CrossCache:
-    return enc if isinstance(enc, CrossCache) else self.cross_cache(enc)
 
   def _layers(self) -> list[tuple[str, int, int]]:
     return layers(self.size.depth, self.scan)
