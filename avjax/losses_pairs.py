@@ -94,6 +94,15 @@ class Plan:
     """Number of parts of the batch."""
     return ways(self.mesh, self.axes)
 
+  @property
+  def places(self) -> tuple[P, P, P]:
+    """How examples lie, what all share, and candidates kept for the way back.
+
+    A ring's blocks differ by device.
+    """
+    own, all_ = P(self.axes), P()
+    return own, all_, own if self.ring else all_
+
 
 def compare(
   rows: Float[Array, "b d"],
@@ -201,18 +210,25 @@ def _spread(plan, rows, columns, here, bias):
   return _forward(plan, rows, columns, here, bias)[0]
 
 
-def _forward(plan, rows, columns, here, bias):
-  own, all_ = P(plan.axes), P()
-  # Kept for the way back: a ring's blocks differ by device.
-  kept = own if plan.ring else all_
-  function = _ring_totals if plan.ring else _gather_totals
-  run = jax.shard_map(
-    functools.partial(function, plan),
+def _on_devices(plan, functions, given, found):
+  """The function of gathered candidates or of a ring's, on every device.
+
+  `given` and `found` say how arguments and results lie.
+  """
+  return jax.shard_map(
+    functools.partial(functions[plan.ring], plan),
     mesh=plan.mesh,
-    in_specs=(own, own, own, all_),
-    out_specs=((own, own, own), (kept, all_)),
+    in_specs=given,
+    out_specs=found,
     check_vma=False,
   )
+
+
+def _forward(plan, rows, columns, here, bias):
+  own, all_, kept = plan.places
+  functions = _gather_totals, _ring_totals
+  found = (own, own, own), (kept, all_)
+  run = _on_devices(plan, functions, (own, own, own, all_), found)
   out, (others, others_here) = run(rows, columns, here, bias)
   there, back, _ = out
   found = rows, columns, here, bias, others, others_here, there, back
@@ -220,16 +236,10 @@ def _forward(plan, rows, columns, here, bias):
 
 
 def _backward(plan, found, grads):
-  own, all_ = P(plan.axes), P()
-  kept = own if plan.ring else all_
-  function = _ring_gradients if plan.ring else _gather_gradients
-  run = jax.shard_map(
-    functools.partial(function, plan),
-    mesh=plan.mesh,
-    in_specs=(own, own, own, all_, kept, all_, own, own, own, own),
-    out_specs=(own, own, own),
-    check_vma=False,
-  )
+  own, all_, kept = plan.places
+  functions = _gather_gradients, _ring_gradients
+  given = own, own, own, all_, kept, all_, own, own, own, own
+  run = _on_devices(plan, functions, given, (own, own, own))
   to_rows, to_columns, to_bias = run(*found, grads[0], grads[1])
   return to_rows, to_columns, None, to_bias.sum()
 
