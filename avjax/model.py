@@ -286,10 +286,8 @@ def _need_tracks(
 ) -> None:
   """Raises InputError where a clip lacks what the mode sees."""
   for modality in captioned.MODES.get(mode, ()):
-    has = np.asarray(batch.get(f"has_{modality}", True)) | np.zeros(
-      len(names), bool
-    )
-    if not has.all():
+    has = batch.get(f"has_{modality}")
+    if has is not None and not has.all():
       own = " or ".join(
         repr(m) for m, seen in captioned.MODES.items() if modality not in seen
       )
