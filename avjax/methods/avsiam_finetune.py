@@ -34,6 +34,7 @@ from avjax.errors import InputError, lookup
 from avjax.methods import avsiam_config
 from avjax.methods.avsiam_base import SiamMethod
 from avjax.methods.base import Inputs, Loaded, Params
+from avjax.methods.cavmae_base import where_missing
 from avjax.methods.supervised import chosen, classify, criterion, objective
 from avjax.nn import heads
 from avjax.nn.cav_encoder import INPUTS, MODALITIES, Tokens
@@ -252,15 +253,9 @@ class AVSiamFinetune(SiamMethod):
     lookup(dict.fromkeys(self.modes), mode, "mode of predict")
     logits = self.logits(params, inputs, mode)
     others = {"audio": "v", "video": "a"} if mode == "av" else {}
-    for m, other in others.items():
-      if f"has_{m}" in inputs and other in self.modes:
-        lacks = ~inputs[f"has_{m}"]
-
-        def alone(logits=logits, lacks=lacks, other=other):
-          own = self.logits(params, inputs, other)
-          return jnp.where(lacks[:, None], own, logits)
-
-        logits = jax.lax.cond(lacks.any(), alone, lambda x=logits: x)
+    others = {m: other for m, other in others.items() if other in self.modes}
+    answer = functools.partial(self.logits, params, inputs)
+    logits = where_missing(answer, inputs, logits, others)
     return heads.split(logits, self.classes)
 
   def adapt(self, params: Params, source: Params, source_config: Any) -> Loaded:
