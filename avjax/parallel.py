@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -30,6 +31,9 @@ RULES = (
     r"(attention/qkv|cross/query|cross/kv|mlp(_query)?/fc1)/bias$",
     P("tensor"),
   ),
+  # Convolutions of one channel each, and tables: of words, of places.
+  (r"conv/kernel$", P(None, "fsdp")),
+  (r"(embedding|positions\w*)$", P(None, "fsdp")),
   (r"kernel$", P("fsdp", None)),
 )
 
@@ -123,6 +127,23 @@ def shardings(tree: Any, mesh: Mesh) -> Any:
   def one(path: tuple[Any, ...], leaf: Any) -> NamedSharding:
     spec = spec_of(path_name(path), leaf.shape, mesh)
     return NamedSharding(mesh, spec)
+
+  return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def gathered(tree: Any, mesh: Mesh) -> Any:
+  """Parameters as layers use them: what `fsdp` keeps in parts is whole.
+
+  Without this the compiler may split a layer's channels like its kernel and
+  send activations instead.
+  """
+  if mesh.shape["fsdp"] == 1:
+    return tree
+
+  def one(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+    spec = spec_of(path_name(path), leaf.shape, mesh)
+    whole = P(*(None if axis == "fsdp" else axis for axis in spec))
+    return lax.with_sharding_constraint(leaf, NamedSharding(mesh, whole))
 
   return jax.tree_util.tree_map_with_path(one, tree)
 
