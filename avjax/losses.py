@@ -285,10 +285,32 @@ def masked_mse(
     mask: true = removed, counted. All true counts the kept tokens as well.
     weights: per example, `valid` or `has_audio`/`has_video`.
   """
-  counted = mask.astype(jnp.float32)
-  if weights is not None:
-    counted = counted * weights.astype(jnp.float32)[:, None]
+  return mean_error(masked_errors(prediction, target, mask), weights)
+
+
+def masked_errors(
+  prediction: Float[Array, "b n d"],
+  target: Float[Array, "b n d"],
+  mask: Bool[Array, "b n"],
+) -> Float[Array, "b 2"]:
+  """What `masked_mse` needs of each example.
+
+  Returns:
+    Squared error summed over the counted tokens, over the feature size; how
+    many they are.
+  """
   error = prediction.astype(jnp.float32) - target.astype(jnp.float32)
-  error = jnp.where(counted > 0, (error**2).sum(axis=-1), 0.0)
-  total = (error * counted).sum()
-  return total / (counted.sum() + 1e-8) / prediction.shape[-1]
+  error = jnp.where(mask, (error**2).mean(axis=-1), 0.0)
+  return jnp.stack([error.sum(axis=1), mask.sum(axis=1, dtype=jnp.float32)], 1)
+
+
+def mean_error(
+  errors: Float[Array, "b 2"], weights: Shaped[Array, "b"] | None = None
+) -> Float[Array, ""]:
+  """`masked_mse` of a batch from its `masked_errors`."""
+  if weights is not None:
+    weights = weights.astype(jnp.float32)[:, None]
+    # An error without weight may be anything, even not finite.
+    errors = jnp.where(weights > 0, weights * errors, 0.0)
+  total, count = errors.sum(axis=0)
+  return total / (count + 1e-8)

@@ -71,7 +71,9 @@ def reconstruction(params, inputs, one_encoder=False):
   kept = method.draw(inputs, KEY, ratios, ending)
   run = module if one_encoder else second
   out = method.apply(run, params, inputs, kept)
-  found, seen = method.reconstruction(out["prediction"], inputs, kept)
+  removed = {m: kept[m].removed() for m in kept}
+  rows, seen = method.errors(out["prediction"], inputs, removed)
+  found = {f"loss_{m}": losses.mean_error(rows[f"errors/{m}"]) for m in kept}
   return sum(found.values()), (found, out, seen)
 
 

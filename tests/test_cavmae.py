@@ -12,7 +12,7 @@ from avjax import config as config_lib
 from avjax import losses, optim, trees
 from avjax.errors import InputError
 from avjax.methods import cavmae as method_lib
-from avjax.nn import cav_encoder, transformer
+from avjax.nn import cav_encoder, masking, transformer
 from avjax.nn.positions import sincos_2d
 from avjax.weights import cavmae, transfer
 from tests import cavmae_golden as made
@@ -84,7 +84,14 @@ def test_raw_targets_and_both_directions_equal_the_public_code():
 
   @jax.jit
   def run(prediction, inputs):
-    return raw.reconstruction(prediction, inputs, raw.draw(inputs, KEY))[0]
+    ids = raw.draw(inputs, KEY)
+    removed = {
+      m: masking.removed(ids[m], x.shape[1]) for m, x in prediction.items()
+    }
+    rows, _ = raw.errors(prediction, inputs, removed)
+    return {
+      f"loss_{m}": losses.mean_error(rows[f"errors/{m}"]) for m in removed
+    }
 
   found = run(prediction, inputs)
   total = sum(found.values()) + 0.01 * metrics["loss_contrast"]

@@ -25,7 +25,13 @@ from avjax.methods.avmae_config import (
   check,
   default_model,
 )
-from avjax.methods.base import Inputs, Method, ParamInfo, Params
+from avjax.methods.base import (
+  Inputs,
+  Method,
+  ParamInfo,
+  Params,
+  example_keys,
+)
 from avjax.nn import av_encoder, masking, sizes, tokenizers
 from avjax.nn.av_encoder import INPUTS, MODALITIES, AVEncoder, Keep, Tokens
 from avjax.nn.transformer import stack_layers
@@ -203,10 +209,7 @@ class AVMAE(Method):
     for m in self.modalities:
       if m not in patches:
         raise InputError(f"model.modality needs {INPUTS[m]!r} in the inputs")
-    b = len(patches[self.modalities[0]])
-    index = inputs.get("index", jnp.arange(b, dtype=jnp.uint32))
-    keys = masking.example_keys(rng, index)
-    ids = {}
+    keys, ids = example_keys(inputs, rng), {}
     for i, (m, x) in enumerate(patches.items()):
       noise, n = inputs.get(f"noise/{m}"), x.shape[1]
       if noise is None:

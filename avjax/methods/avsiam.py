@@ -11,14 +11,12 @@ encoded once a step. `model.public_base` follows the public Base code.
 """
 
 import re
-from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from avjax import contrast, losses
 from avjax.errors import InputError
 from avjax.methods.avsiam_base import SiamMethod
 from avjax.methods.avsiam_config import (
@@ -26,12 +24,12 @@ from avjax.methods.avsiam_config import (
   PUBLIC_RATIO,
   default_model,
 )
-from avjax.methods.base import Inputs, ParamInfo, Params
-from avjax.methods.cavmae_base import present
+from avjax.methods.base import Inputs, Params, example_keys
+from avjax.methods.pretraining import Pretraining, Rows
 from avjax.nn import cav_encoder, masking, siam_encoder, sizes
-from avjax.nn.cav_encoder import INPUTS, Tokens
+from avjax.nn.cav_encoder import INPUTS
 from avjax.nn.siam_autoencoder import MULTIMODAL, SiamAutoencoder
-from avjax.nn.siam_encoder import Masks, Slots
+from avjax.nn.siam_encoder import Slots
 from avjax.optim import FROZEN
 
 __all__ = ["AVSiam", "default_model"]
@@ -45,7 +43,7 @@ AUDIO_NORM = re.compile(r"encoder/.*norm\d?_audio/")
 BOTH = 0.7
 
 
-class AVSiam(SiamMethod):
+class AVSiam(Pretraining, SiamMethod):
   """Pretraining; `config.model` as `avsiam_config.default_model` has it.
 
   The batch of every device must hold every ratio as often: `batch_multiple`
@@ -54,6 +52,7 @@ class AVSiam(SiamMethod):
   """
 
   modes = ()
+  pair = ("audio", "video")  # each sound among the images (eq. 1)
 
   def __init__(self, config: Any):
     super().__init__(config)
@@ -100,7 +99,7 @@ class AVSiam(SiamMethod):
       stacks = {**module.stacks, "audio": "encoder_mae_audio"}
       second = module.clone(stacks=stacks)
       params = {**self.draw_params(rng, inputs, second, kept), **params}
-    return {**params, **contrast.first_params(self.model)}
+    return self.first_params(params)
 
   # --- Masking ---
 
@@ -124,9 +123,7 @@ class AVSiam(SiamMethod):
       ratios: shares of tokens that are removed.
       ending: of `noise`, for another pass over the same inputs.
     """
-    b = len(inputs[INPUTS["audio"]])
-    index = inputs.get("index", jnp.arange(b, dtype=jnp.uint32))
-    keys, found = masking.example_keys(rng, index), {}
+    keys, found = example_keys(inputs, rng), {}
     grids = cav_encoder.grids(inputs, self.model)
     for i, (m, grid) in enumerate(grids.items()):
       own = masking.fold_in(keys, i + (len(grids) if ending else 0))
@@ -149,57 +146,29 @@ class AVSiam(SiamMethod):
 
   # --- Objective ---
 
-  def loss(
-    self, params: Params, inputs: Inputs, rng: jax.Array, step: jax.Array
-  ) -> tuple[jax.Array, dict[str, Any]]:
-    """mae_weight L_rec + contrast_weight L_c (§3.2).
+  def example_rows(
+    self, params: Params, inputs: Inputs, rng: jax.Array
+  ) -> tuple[Rows, dict[str, jax.Array]]:
+    """See `Pretraining.example_rows`; examples draw in blocks of neighbours.
 
     Raises:
       InputError: a batch that the number of ratios does not divide.
     """
-    del step
-    model, total, metrics, seen = self.model, 0.0, {}, {}
+    rows, seen = {}, {}
     passes = self.passes(self.autoencoder(inputs))
     for module, ratios, ending, pairs, decode in passes:
       kept = self.draw(inputs, rng, ratios, ending)
       out = self.apply(module, params, inputs, kept, decode)
       if pairs:
-        loss, accuracy = self.contrast(out["pooled"], inputs, params)
-        total = total + model.contrast_weight * loss
-        metrics |= {"loss_contrast": loss, "contrast_accuracy": accuracy}
+        rows |= {f"contrast/{m}": x for m, x in out["pooled"].items()}
       if decode:
-        found, more = self.reconstruction(out["prediction"], inputs, kept)
-        total = total + model.mae_weight * sum(found.values())
-        metrics |= found
-        seen |= more
+        removed = {m: kept[m].removed() for m in kept}
+        errors, more = self.errors(out["prediction"], inputs, removed)
+        rows, seen = {**rows, **errors}, {**seen, **more}
       if ending:
         out = {f"mae_{name}": x for name, x in out.items()}
       seen |= {f"{k}/{m}": x for k, by in out.items() for m, x in by.items()}
-    return total, {"metrics": metrics, "intermediates": seen}
-
-  def contrast(
-    self,
-    pooled: Mapping[str, Float[Array, "b d"]],
-    inputs: Inputs,
-    params: Params | None = None,
-  ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """L_c and its accuracy: each sound among the images (eq. 1)."""
-    pair = pooled["audio"], pooled["video"]
-    weights = present(inputs, tuple(INPUTS))
-    return contrast.loss(self.model, *pair, weights, params)
-
-  def reconstruction(
-    self, prediction: Tokens, inputs: Inputs, kept: Masks
-  ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """The two terms of L_rec over the removed patches (eq. 3); masks."""
-    metrics, seen = {}, {}
-    for m, x in cav_encoder.patches(inputs, self.model).items():
-      target, _, _ = cav_encoder.standardise(m, x, self.model)
-      removed = seen[f"removed/{m}"] = kept[m].removed()
-      metrics[f"loss_{m}"] = losses.masked_mse(
-        prediction[m], target, removed, present(inputs, (m,))
-      )
-    return metrics, seen
+    return rows, seen
 
   def reconstruct(
     self, params: Params, inputs: Inputs, rng: jax.Array
@@ -216,10 +185,6 @@ class AVSiam(SiamMethod):
     out = self.apply(module, params, inputs, kept)
     removed = {m: kept[m].removed() for m in kept}
     return cav_encoder.pictures(inputs, out["prediction"], removed, self.model)
-
-  def param_info(self, path: str) -> ParamInfo:
-    """See `SiamMethod.param_info` and `contrast.info`."""
-    return contrast.info(path, super().param_info(path))
 
   def group(self, path: str) -> str:
     """See `SiamMethod.group`; FROZEN where no loss reaches."""

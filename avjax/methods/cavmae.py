@@ -12,7 +12,7 @@ The encoder is in `avjax/nn/cav_encoder.py`, what fine-tuning shares in
 `avjax/methods/cavmae_base.py`.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -20,11 +20,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from avjax import contrast, losses
 from avjax.errors import InputError
-from avjax.methods.base import Inputs, ParamInfo, Params
-from avjax.methods.cavmae_base import CAVMethod, present
+from avjax.methods.base import Inputs, Params
+from avjax.methods.cavmae_base import CAVMethod
 from avjax.methods.cavmae_config import DECODER_SIZES, default_model
+from avjax.methods.pretraining import Pretraining, Rows
 from avjax.nn import av_encoder, cav_encoder, masking, sizes
 from avjax.nn.cav_encoder import (
   ALONE,
@@ -102,7 +102,7 @@ class MaskedAutoencoder(CAVEncoder):
     return dict(zip(patches, jnp.split(x, [first], axis=1), strict=True))
 
 
-class CAVMAE(CAVMethod):
+class CAVMAE(Pretraining, CAVMethod):
   """Pretraining; `config.model` as `cavmae_config.default_model` has it.
 
   An example that lacks a modality is left out of that modality's loss, and
@@ -134,8 +134,8 @@ class CAVMAE(CAVMethod):
   def init(self, rng: jax.Array, inputs: Inputs) -> Params:
     """See `Method.init`."""
     module = self.autoencoder(inputs)
-    params = self.draw_params(rng, inputs, module, self.draw(inputs, rng))
-    return {**params, **contrast.first_params(self.model)}
+    ids = self.draw(inputs, rng)
+    return self.first_params(self.draw_params(rng, inputs, module, ids))
 
   def noise(
     self, m: str, keys: Keys, grid: tuple[int, int]
@@ -147,56 +147,22 @@ class CAVMAE(CAVMethod):
     rows, columns = lines(kind, grid, self.model.mask_audio)
     return masking.whole_lines(noise, keys, grid, rows=rows, columns=columns)
 
-  # --- Objective ---
-
-  def loss(
-    self, params: Params, inputs: Inputs, rng: jax.Array, step: jax.Array
-  ) -> tuple[jax.Array, dict[str, Any]]:
-    """mae_weight (L_a + L_v) + contrast_weight L_c (DETECLAP, eq. 7).
-
-    Raises:
-      InputError: a batch that `group_size` does not divide.
-    """
-    del step
-    model, module = self.model, self.autoencoder(inputs)
+  def example_rows(
+    self, params: Params, inputs: Inputs, rng: jax.Array
+  ) -> tuple[Rows, dict[str, jax.Array]]:
+    """See `Pretraining.example_rows`."""
     ids = self.draw(inputs, rng)
-    out = self.apply(module, params, inputs, self.passes, ids)
-    total, metrics, seen = 0.0, {}, {}
-    if model.mae_weight:
-      metrics, seen = self.reconstruction(out["prediction"], inputs, ids)
-      total = model.mae_weight * sum(metrics.values())
-    if model.contrast_weight:
-      loss, accuracy = self.contrast(out["contrast"], inputs, params)
-      total = total + model.contrast_weight * loss
-      metrics["loss_contrast"] = loss
-      metrics["contrast_accuracy"] = accuracy
-    seen |= {f"{k}/{m}": x for k, by in out.items() for m, x in by.items()}
-    return total, {"metrics": metrics, "intermediates": seen}
-
-  def reconstruction(
-    self, prediction: Tokens, inputs: Inputs, ids: Ids
-  ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
-    """L_a and L_v over the removed patches; targets and masks."""
-    metrics, seen = {}, {}
-    for m, x in cav_encoder.patches(inputs, self.model).items():
-      target, _, _ = cav_encoder.standardise(m, x, self.model)
-      removed = masking.removed(ids[m], x.shape[1])
-      metrics[f"loss_{m}"] = losses.masked_mse(
-        prediction[m], target, removed, present(inputs, (m,))
-      )
-      seen[f"target/{m}"], seen[f"removed/{m}"] = target, removed
-    return metrics, seen
-
-  def contrast(
-    self,
-    pooled: Mapping[str, Float[Array, "b d"]],
-    inputs: Inputs,
-    params: Params | None = None,
-  ) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """L_c and its accuracy: each image among the sounds (DETECLAP, eq. 4)."""
-    pair = pooled["video"], pooled["audio"]
-    weights = present(inputs, tuple(INPUTS))
-    return contrast.loss(self.model, *pair, weights, params)
+    out = self.apply(self.autoencoder(inputs), params, inputs, self.passes, ids)
+    seen = {f"{k}/{m}": x for k, by in out.items() for m, x in by.items()}
+    rows = {k: x for k, x in seen.items() if k.startswith("contrast/")}
+    if self.model.mae_weight:
+      removed = {
+        m: masking.removed(ids[m], x.shape[1])
+        for m, x in out["prediction"].items()
+      }
+      errors, more = self.errors(out["prediction"], inputs, removed)
+      rows, seen = {**rows, **errors}, {**seen, **more}
+    return rows, seen
 
   def reconstruct(
     self, params: Params, inputs: Inputs, rng: jax.Array
@@ -216,10 +182,6 @@ class CAVMAE(CAVMethod):
       for m, x in out["prediction"].items()
     }
     return cav_encoder.pictures(inputs, out["prediction"], removed, self.model)
-
-  def param_info(self, path: str) -> ParamInfo:
-    """See `CAVMethod.param_info` and `contrast.info`."""
-    return contrast.info(path, super().param_info(path))
 
   def group(self, path: str) -> str:
     """See `CAVMethod.group`; fixed tables and an unused decoder, too."""

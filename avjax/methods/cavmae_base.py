@@ -15,7 +15,14 @@ from jaxtyping import Array, Bool, Float
 
 from avjax import losses
 from avjax.errors import InputError
-from avjax.methods.base import Inputs, Loaded, Method, ParamInfo, Params
+from avjax.methods.base import (
+  Inputs,
+  Loaded,
+  Method,
+  ParamInfo,
+  Params,
+  example_keys,
+)
 from avjax.methods.cavmae_config import check
 from avjax.nn import cav_encoder, masking, sizes
 from avjax.nn.cav_encoder import ALONE, INPUTS, CAVEncoder, Ids, Pass
@@ -239,13 +246,6 @@ def check_blocks(params: Params, source: Params, m: str) -> None:
       raise InputError(
         f"the source has {found} blocks in {stack}, the model {wanted}"
       )
-
-
-def example_keys(inputs: Inputs, rng: jax.Array) -> Keys:
-  """One key per example, by its own number."""
-  b = len(next(iter(inputs.values())))
-  index = inputs.get("index", jnp.arange(b, dtype=jnp.uint32))
-  return masking.example_keys(rng, index)
 
 
 def present(inputs: Inputs, names: Sequence[str]) -> Bool[Array, "b"]:

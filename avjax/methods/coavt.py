@@ -33,8 +33,8 @@ from jaxtyping import Array, Bool, Float, Int
 
 from avjax import losses
 from avjax.errors import InputError
-from avjax.methods.base import Inputs, Params
-from avjax.methods.cavmae_base import example_keys, present
+from avjax.methods.base import Inputs, Params, example_keys
+from avjax.methods.cavmae_base import present
 from avjax.methods.coavt_base import PASSES
 from avjax.methods.coavt_config import default_model
 from avjax.methods.coavt_objectives import (

@@ -21,11 +21,17 @@ from ml_collections import ConfigDict
 
 from avjax.config import with_overrides
 from avjax.errors import InputError, lookup
-from avjax.methods.base import Inputs, Loaded, Method, ParamInfo, Params
+from avjax.methods.base import (
+  Inputs,
+  Loaded,
+  Method,
+  ParamInfo,
+  Params,
+  example_keys,
+)
 from avjax.methods.cavmae_config import LOSSES
 from avjax.methods.supervised import chosen, classify, criterion, objective
-from avjax.nn import convnext, heads, masking
-from avjax.nn.cav_encoder import INPUTS
+from avjax.nn import convnext, heads
 from avjax.nn.transformer import drop_path, stack_layers
 from avjax.weights import transfer
 
@@ -136,11 +142,10 @@ class ConvNeXtClassifier(Method):
     self, inputs: Inputs, rng: jax.Array
   ) -> Float[Array, "l b"] | None:
     """Patterns of stochastic depth; kept branches grow by what is lost."""
-    rate, b = self.model.drop_path, len(inputs[INPUTS[self.m]])
+    rate = self.model.drop_path
     if not rate:
       return None
-    index = inputs.get("index", jnp.arange(b, dtype=jnp.uint32))
-    keys = masking.example_keys(rng, index)
+    keys = example_keys(inputs, rng)
     return drop_path(keys, self.num_layers, rate, rescale=True)[:, 0]
 
   def logits(

@@ -41,6 +41,7 @@ from avjax.errors import InputError, lookup
 from avjax.methods import cavmae
 from avjax.methods.base import Inputs, Params
 from avjax.methods.cavmae_base import present
+from avjax.methods.pretraining import Rows
 from avjax.nn.cav_encoder import ALONE, INPUTS
 
 SCORES = {m: f"objects/{m}" for m in INPUTS}
@@ -129,26 +130,38 @@ class DETECLAP(cavmae.CAVMAE):
         "set it to 0.0"
       )
 
-  def loss(
-    self, params: Params, inputs: Inputs, rng: jax.Array, step: jax.Array
-  ) -> tuple[jax.Array, dict[str, Any]]:
-    """CAV-MAE's losses and label_weight (L_a2l + L_v2l); eq. 8 to 11.
+  def example_rows(
+    self, params: Params, inputs: Inputs, rng: jax.Array
+  ) -> tuple[Rows, dict[str, jax.Array]]:
+    """CAV-MAE's, and of each modality 'labels/<m>' [b 3].
+
+    They are binary cross-entropy (eq. 8, 9), number of labels, and whether the
+    clip has any to learn from.
+    """
+    self._check(inputs)
+    rows, seen = super().example_rows(params, inputs, rng)
+    for m, (target, known) in self.targets(inputs).items():
+      logits = seen[f"objects/{m}"] = objects(params, m, seen[f"contrast/{m}"])
+      terms = losses.sigmoid_cross_entropy(logits, target, mean=True)
+      rows[f"labels/{m}"] = jnp.stack([terms, target.sum(-1), known], axis=1)
+    return rows, seen
+
+  def loss_of_rows(
+    self, params: Params, rows: Mapping[str, Array], inputs: Inputs
+  ) -> tuple[Float[Array, ""], dict[str, jax.Array]]:
+    """CAV-MAE's losses and label_weight (L_a2l + L_v2l); eq. 10 and 11.
 
     Metrics: the losses, and `labels_<m>`, how many labels a clip has.
     """
-    self._check(inputs)
-    total, aux = super().loss(params, inputs, rng, step)
-    metrics, seen = dict(aux["metrics"]), dict(aux["intermediates"])
-    for m, (target, known) in self.targets(inputs).items():
-      pooled = seen[f"contrast/{m}"]
-      logits = seen[f"objects/{m}"] = objects(params, m, pooled)
-      terms = losses.sigmoid_cross_entropy(logits, target, mean=True)
-      weights = known & present(inputs, (m,))
+    total, metrics = super().loss_of_rows(params, rows, inputs)
+    for m in (m for m in INPUTS if f"labels/{m}" in rows):
+      terms, count, known = rows[f"labels/{m}"].T
+      weights = known * present(inputs, (m,))
       loss = losses.weighted_mean(terms, weights)
       total = total + self.model.label_weight * loss
       metrics[f"loss_labels_{m}"] = loss
-      metrics[f"labels_{m}"] = losses.weighted_mean(target.sum(-1), weights)
-    return total, {**aux, "metrics": metrics, "intermediates": seen}
+      metrics[f"labels_{m}"] = losses.weighted_mean(count, weights)
+    return total, metrics
 
   def targets(self, inputs: Inputs) -> dict[str, Target]:
     """What the head of each modality learns, and for which clips (§III-D)."""
