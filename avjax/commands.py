@@ -1,6 +1,10 @@
 """What the command-line programs share: errors in one line, demo data."""
 
+import contextlib
+import hashlib
 import os
+import pathlib
+import platform
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -12,20 +16,27 @@ from avjax.errors import InputError
 
 # Before JAX starts: a few per cent on CPUs with AVX-512, nothing elsewhere.
 CPU_FLAG = "--xla_cpu_prefer_vector_width=512"
+# Of compiled programs on disk; the oldest go first.
+CACHE_BYTES = 4 << 30
 
 
 def run(
   main: Callable[[list[str]], Any],
   required: Sequence[str] = (),
-  words: str = "",
+  words: str | bool = "",
+  *,
+  cache: bool = True,
 ) -> None:
   """`app.run`, but an InputError is one line and exit status 2.
 
   Args:
     main: given the program's name and the words that are no flags.
     required: flags that have to be given.
-    words: the flag with which there may be such words.
+    words: the flag with which there may be such words; True = always.
+    cache: whether compiled programs are kept, see `keep_compiled`.
   """
+  if cache:
+    keep_compiled()
   present = os.environ.get("XLA_FLAGS", "")
   if CPU_FLAG.split("=")[0] not in present:
     os.environ["XLA_FLAGS"] = f"{present} {CPU_FLAG}".strip()
@@ -33,13 +44,43 @@ def run(
 
   def guarded(argv: list[str]) -> Any:
     try:
-      if len(argv) > 1 and not (words and flags.FLAGS[words].value):
+      allowed = words if words in (True, "") else flags.FLAGS[words].value
+      if len(argv) > 1 and not allowed:
         raise InputError(f"unexpected argument {argv[1]!r}")
       return main(argv)
     except InputError as error:
       refuse(error)
 
   app.run(guarded, flags_parser=parse_flags)
+
+
+def keep_compiled() -> None:
+  """Has JAX keep compiled programs for the next start; before JAX starts.
+
+  They are in `~/.cache/avjax`, up to CACHE_BYTES. JAX_COMPILATION_CACHE_DIR
+  names another folder, JAX_ENABLE_COMPILATION_CACHE=0 keeps none.
+  """
+  if "JAX_COMPILATION_CACHE_DIR" in os.environ:
+    return
+  base = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+  folder = pathlib.Path(base) / "avjax" / f"compiled-{processor()}"
+  with contextlib.suppress(OSError):
+    folder.mkdir(parents=True, exist_ok=True)
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(CACHE_BYTES))
+
+
+def processor() -> str:
+  """Eight digits that tell kinds of CPU apart.
+
+  A home folder may be that of several machines, and a program that was
+  compiled for one CPU ends another one's process.
+  """
+  told = [platform.machine(), platform.processor()]
+  with contextlib.suppress(OSError):
+    lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
+    told += [x for x in lines if x.startswith(("model name", "flags"))][:2]
+  return hashlib.sha256("\n".join(told).encode()).hexdigest()[:8]
 
 
 def refuse(error: Exception | str) -> None:
