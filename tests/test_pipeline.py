@@ -4,6 +4,8 @@ import itertools
 import pathlib
 import threading
 
+import cv2
+import grain
 import jax
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ import tensorflow_datasets as tfds
 
 from avjax import batch as batch_lib
 from avjax import config
+from avjax.data import batches as batches_lib
 from avjax.data import example, pipeline, records, sampling
 from avjax.errors import InputError
 from data_prep import av_demo, builder, decode
@@ -264,7 +267,7 @@ def test_balanced_draws_follow_the_weights(data):
     sum(1000 / (counts[k] + 0.01) for k in first)
   )
   data.sampling = "balanced"
-  batches = pipeline._Batches(data, "train", batch_size=8, seed=1)
+  batches = batches_lib.Batches(data, "train", batch_size=8, seed=1)
   draws = [batches._number(position, 0) for position in range(5_000)]
   drawn = np.bincount(draws, minlength=48)
   expected = weights / weights.sum() * 5_000
@@ -323,6 +326,89 @@ def test_shapes_need_no_built_data_set(tmp_path):
   section.name, section.heads = "vggsound", ("verb",)
   with pytest.raises(InputError, match="unknown head of vggsound 'verb'"):
     pipeline.batch_shapes(section, 2)
+
+
+# ------------------------------------------------- the same, clip by clip
+
+
+def plain_row(data, position, number, seed):
+  """An example as the data set's definition has it, step by step."""
+  record = records.Split(data, "train")[number]
+  rng = np.random.Generator(np.random.Philox(key=[seed, position]))
+  video, audio = data.video, data.audio
+  frames = [
+    simplejpeg.decode_jpeg(f, fastdct=True, fastupsample=True)
+    for f in record.blobs("frames")
+  ]
+  rate = float(record.floats("frame_rate")[0])
+  step = sampling.frame_step(video, data.variant, rate)
+  (start,) = sampling.video_starts(len(frames), video.num_frames, step, 1, rng)
+  height, width = frames[0].shape[:2]
+  box = sampling.crop_box(
+    height, width, resize=video.resize, size=video.size,
+    jitter=data.augment.scale_jitter, random=data.augment.random_crop, rng=rng,
+  )  # fmt: skip
+  rows = slice(box.top, box.bottom), slice(box.left, box.right)
+  numbers = sampling.frame_numbers(start, video.num_frames, step, len(frames))
+  size = (video.size, video.size)
+  pictures = [
+    cv2.resize(frames[k][rows], size, interpolation=cv2.INTER_LINEAR)
+    for k in numbers
+  ]
+  wave = np.frombuffer(record.blobs("waveform")[0], np.int16)
+  count, time = (
+    round(audio.seconds * audio.rate),
+    round(start / rate * audio.rate),
+  )
+  begin = sampling.audio_start(audio.start, len(wave), count, time, rng)
+  if audio.start == "wrap":
+    sound, samples = np.resize(np.roll(wave, -begin), count), count
+  else:
+    part = wave[begin : begin + count]
+    sound, samples = np.pad(part, (0, count - len(part))), len(part)
+  return {
+    "id": record.text("id"),
+    "frames": np.stack(pictures),
+    "waveform": sound,
+    "samples": samples,
+    "index": position,
+  }
+
+
+@pytest.mark.parametrize("case", ["video", "wrap", "frames10", "balanced"])
+def test_batches_are_what_a_plain_loop_makes(data, case):
+  data.heads, seed = (), 5
+  data.augment.update(scale_jitter=(0.9, 1.2), random_crop=True)
+  if case == "frames10":
+    data.variant = case
+    data.video.update(num_frames=1, stride=1)
+    data.augment.update(scale_jitter=(1.0, 1.0), random_crop=False)
+  data.audio.start = "wrap" if case == "wrap" else "aligned"
+  data.audio.seconds = 3.5 if case == "frames10" else 1.5
+  split, order = records.Split(data, "train"), None
+  if case == "balanced":
+    data.sampling = case
+    sums = np.cumsum(split.label_weights())
+    order = [
+      np.searchsorted(
+        sums,
+        np.random.Generator(
+          np.random.Philox(key=[seed, k], counter=1 << 96)
+        ).random() * sums[-1],
+        side="right",
+      )
+      for k in range(56)
+    ]  # fmt: skip
+  else:
+    order = grain.MapDataset.range(48).seed(seed).shuffle().repeat()
+  # Beyond the first epoch of 48 clips.
+  stream = pipeline.train_batches(data, batch_size=8, seed=seed, start_step=5)
+  for step, batch in enumerate(take(stream, 2), start=5):
+    for row in (0, 3, 7):
+      position = 8 * step + row
+      number = int(order[position])
+      for key, value in plain_row(data, position, number, seed).items():
+        np.testing.assert_array_equal(batch[key][row], value, err_msg=key)
 
 
 # ----------------------------------------------------------- broken records
