@@ -6,8 +6,9 @@ of the one after it, and a state with what it has read:
   step(state, token [b], position []) -> (logits [b V], state)
 
 Leaves of the state begin with the batch dimension, rows of a beam follow each
-other there: [(b k) …]. Position 0 reads `start`. Both searches are bounded by
-`length` steps and run within jit.
+other there: [(b k) …]. A search moves the state with its rows, so what stays
+the same for an example belongs into the function. Position 0 reads `start`.
+Both searches are bounded by `length` steps and run within jit.
 """
 
 import functools
@@ -39,8 +40,9 @@ def captions(
   """What a method writes about clips.
 
   Args:
-    method: with `caption_start(params, tokens [b s w], length)` -> a state, and
-      `caption_step(params, state, token [b], position)`.
+    method: with `caption_start(params, tokens [b s w], length)` -> what stays
+      as it is, and a state, [b …]; and `caption_step(params, fixed, state,
+      token [b], position)` -> logits and the state.
     params: of the method.
     media: of its `encode_media`.
     tokenizer: of `avjax.data.text`; special tokens are not written.
@@ -60,8 +62,10 @@ def captions(
     raise InputError(
       f"method {type(method).__name__} has no tokens to be captioned"
     )
-  state = method.caption_start(params, media["tokens"], length)
-  step = functools.partial(method.caption_step, params)
+  fixed, state = method.caption_start(params, media["tokens"], length)
+  # Once, not in every step: all rows of an example see the same of it.
+  fixed = jax.tree.map(lambda x: jnp.repeat(x, beams, axis=0), fixed)
+  step = functools.partial(method.caption_step, params, fixed)
   own = tokenizer
   options = {
     "start": own.dec,

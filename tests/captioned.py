@@ -37,12 +37,12 @@ class Tables(Method):
     return 3 * jnp.tanh((tokens.mean(axis=1) * said).sum(axis=-1))
 
   def caption_start(self, params, tokens, length):
-    return {"seen": tokens.mean(axis=1), "read": jnp.zeros((len(tokens), 4))}
+    return tokens.mean(axis=1), jnp.zeros((len(tokens), 4))
 
-  def caption_step(self, params, state, token, position):
-    read = 0.5 * state["read"] + params["words"][token]
-    hidden = jnp.tanh(read + state["seen"] + position / 4)
-    return 2 * hidden @ params["words"].T, {**state, "read": read}
+  def caption_step(self, params, seen, read, token, position):
+    read = 0.5 * read + params["words"][token]
+    hidden = jnp.tanh(read + seen + position / 4)
+    return 2 * hidden @ params["words"].T, read
 
 
 def config(**data):

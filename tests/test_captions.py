@@ -46,10 +46,10 @@ def test_every_clip_is_captioned_by_itself(tmp_path):
   assert rows[1][3:] == TRUE[0] and rows[2][3:] == TRUE[3]
   # Clip 3 by hand, token by token.
   method, tokens = captioned.Tables(None), evaluator.tokenizer
-  state = method.caption_start(params, params["tokens"][3:4], 7)
+  seen, state = method.caption_start(params, params["tokens"][3:4], 7)
   token, ids = np.array([tokens.dec]), []
   while len(ids) < captioned.LENGTH - 1 and tokens.sep not in ids:
-    logits, state = method.caption_step(params, state, token, len(ids))
+    logits, state = method.caption_step(params, seen, state, token, len(ids))
     logits = np.array(logits[0])
     logits[[tokens.pad, tokens.unk, tokens.cls, tokens.dec]] = -np.inf
     token = logits.argmax(keepdims=True)
@@ -74,10 +74,10 @@ def test_a_caption_that_is_right(tmp_path):
 
   class Knows(captioned.Tables):
     def caption_start(self, params, tokens, length):
-      return {"clip": tokens[:, 0, 0].astype(int)}
+      return tokens[:, 0, 0].astype(int), tokens[:, 0, :0]
 
-    def caption_step(self, params, state, token, position):
-      wanted = params["ids"][state["clip"], position + 1]
+    def caption_step(self, params, clip, state, token, position):
+      wanted = params["ids"][clip, position + 1]
       place = np.arange(tokenizer.size)
       return 9.0 * (wanted[:, None] == place), state
 

@@ -239,12 +239,12 @@ def test_captions_word_by_word_are_those_of_one_pass():
   (tokens,) = made.tokens(params(), given, ("av",))
   _, cache = made.asked(params(), tokens)
   whole = made.run(params(), QueryEncoder.language, cache, ids, mask)
-  state = made.caption_start(params(), tokens, 4)
-  assert all(x.shape[0] == 2 for x in jax.tree.leaves(state))
+  found, state = made.caption_start(params(), tokens, 4)
+  assert all(x.shape[0] == 2 for x in jax.tree.leaves((found, state)))
   step = jax.jit(made.caption_step)
   for position in range(4):
     token = ids[:, position] if position else jnp.full(2, 39)
-    logits, state = step(params(), state, token, position)
+    logits, state = step(params(), found, state, token, position)
     np.testing.assert_allclose(logits, whole[:, position], atol=1e-4)
 
 

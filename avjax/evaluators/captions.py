@@ -18,8 +18,8 @@ are compared as bags, and captions as the tokenizer reads them.
 
 What the method has for it: `retrieval_modes` and `encode_media` as for
 `avjax.evaluators.text_retrieval`, and `caption_start(params, tokens [b s w],
-length)` -> state, `caption_step(params, state, token [b], position)` ->
-(logits [b V], state), see `avjax.generation`.
+length)` -> (fixed, state), `caption_step(params, fixed, state, token [b],
+position)` -> (logits [b V], state), see `avjax.generation.captions`.
 """
 
 import collections

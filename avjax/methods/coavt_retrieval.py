@@ -117,27 +117,35 @@ class Retrieval(CoAVTMethod):
   def caption_start(
     self, params: Params, tokens: Float[Array, "b s w"], length: int
   ) -> tuple[bert.Cache, bert.Cache]:
-    """The state of captions of up to `length` words, batch first."""
+    """For captions of up to `length` words, batch first.
+
+    Returns:
+      What the queries found, which stays, and the state of the words.
+    """
     _, cache = self.asked(params, tokens)
     blank = self.run(params, QueryEncoder.empty, len(tokens), length)
     return _swapped((cache, blank))
 
   def caption_step(
-    self, params: Params, state: Any, token: Int[Array, "b"], position: Any
-  ) -> tuple[Float[Array, "b k"], Any]:
+    self,
+    params: Params,
+    found: bert.Cache,
+    state: bert.Cache,
+    token: Int[Array, "b"],
+    position: Any,
+  ) -> tuple[Float[Array, "b k"], bert.Cache]:
     """Logits of the next word, and the state with this one in it.
 
     Args:
       params: of the whole model.
+      found: of `caption_start`.
       state: of `caption_start` or of the step before.
       token: the word at `position`, [DEC] at 0.
       position: the same for the batch, below the length.
     """
-    cache, text = _swapped(state)
-    logits, text = self.run(
-      params, QueryEncoder.step, cache, text, token, position
-    )
-    return logits, (state[0], _swapped(text))
+    caches = _swapped((found, state))
+    logits, text = self.run(params, QueryEncoder.step, *caches, token, position)
+    return logits, _swapped(text)
 
   def embed(self, params: Params, inputs: Inputs) -> dict[str, jax.Array]:
     """Features of clips for audio-visual retrieval, and texts.
