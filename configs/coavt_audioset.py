@@ -6,33 +6,14 @@ modelling of label texts with both modalities, with sound and with pictures, on
 
   python -m avjax.main --config=configs/coavt_audioset.py
 
-Zero-shot on AudioCaps as published (tables I, V, VI, VII), text to video from
-sound and from both, R@1/R@5/R@10 of 753 clips in percent; ours by
-configs/coavt_audiocaps_finetune.py:epochs=0 (with the same arguments):
-
-| argument                         | a              | av             |
-|----------------------------------|----------------|----------------|
-| (none: variant=coavt)            | 14.1/39.3/54.7 | 14.3/41.3/57.6 |
-| variant=vanilla                  | 13.0/36.1/50.9 | 13.1/36.9/51.7 |
-| variant=baseline                 |  9.4/31.0/45.7 | 10.5/33.9/48.7 |
-| variant=without_v                | 13.1/37.4/52.5 | 13.6/37.9/53.6 |
-| variant=vanilla,queries=8        | 11.4/33.4/47.5 | 12.9/35.9/50.3 |
-| variant=vanilla,queries=32       | 10.8/31.7/46.6 | 10.4/33.6/49.1 |
-| mask_audio=0,mask_video=0        | 12.4/37.4/52.5 | 13.3/38.8/55.4 |
-| mask_video=0.75                  | 13.5/41.0/55.9 | 14.3/41.1/57.3 |
-| mask_audio=0.5,mask_video=0.75   | 13.1/39.3/54.5 | 13.7/40.0/56.0 |
-
-Tables V and VII seem to be without masks: the complete model of table VII is
-"no mask" of table VI, and its `vanilla` that of table I. So `without_v`,
-`vanilla` and its queries go with mask_audio=0,mask_video=0. AudioCaps' clips
-are of AudioSet's unbalanced part, on which this trains; the paper excludes
-none. --config.data.exclude=FILE leaves out what a file lists.
+Zero-shot scores on AudioCaps, by argument: configs/coavt_audiocaps_finetune.py.
+AudioCaps' clips are of AudioSet's unbalanced part, on which this trains; the
+paper excludes none. --config.data.exclude=FILE leaves out what a file lists.
 
 Open in the paper: one run of BLIP-2's objectives with its smoothing, projection
-and first temperature, see avjax/methods/coavt_config.py; texts are labels
-joined by ", " and at most 32 pieces long; "the minimum learning rate at the
-second stage" ends the only stage; whether CAV-MAE's noise and turned sound are
-used (they are not here).
+and first temperature (avjax/methods/coavt_config.py); texts are labels joined
+by ", " and at most 32 pieces long; "the minimum learning rate at the second
+stage" ends the only stage; CAV-MAE's noise and turned sound are not used.
 
 Cost: 0.52 TFLOP of products per clip and step (vanilla 0.28, baseline 0.13), by
 arithmetic two hours on one H100 at half its peak with --config.dtype=bfloat16,
@@ -101,15 +82,11 @@ def pretraining(args: ConfigDict) -> ConfigDict:
   config.evals.retrieval = config_lib.eval_section(
     "retrieval", split="eval", every_epochs=1.0, pictures=4
   )
-  config.evals.text = text_retrieval(
-    split="eval", captions=1, limit=1_000, rerank=0, every_epochs=1.0
+  config.evals.text = config_lib.eval_section(
+    "text_retrieval", split="eval", every_epochs=1.0
   )
+  config.evals.text.update(captions=1, limit=1_000, rerank=0)
   return config
-
-
-def text_retrieval(**options: object) -> ConfigDict:
-  """Text asks for clips, and back."""
-  return config_lib.eval_section("text_retrieval", **options)
 
 
 def set_clips(config: ConfigDict) -> None:

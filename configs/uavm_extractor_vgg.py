@@ -12,10 +12,9 @@ configs/uavm_vgg.py trains.
 `modality=v` trains it on pictures instead, for data that ImageNet's weights do
 not fit, or without them; the paper takes those as they are.
 
-No score is published (UAVM hears 56.5 top-1 of its features, table 1). The
-paper gives the architecture, the start and the log-mel; all else is the
-public code's, stochastic depth of 0.5 too, which is torchvision's for this
-size. After each epoch the whole test split is judged, and the best epoch stays.
+No score is published (UAVM hears 56.5 top-1 of its features, table 1). All but
+architecture, start and log-mel is the public code's; stochastic depth of 0.5 is
+torchvision's. After each epoch the test split is judged; the best epoch stays.
 
 Differences from the public code: partners of mixup are neighbours of a balanced
 batch instead of any clip, and the warm-up ends at the full rate. The public one
@@ -62,8 +61,8 @@ def extractor(args: ConfigDict, *, base_lr: float, start: int) -> ConfigDict:
   config.total_epochs = float(args.epochs)
   config.batch_size = 120
   # Ours: `scan` compiles 36 blocks in seconds.
-  config.model = convnext.default_model("B", drop_path=0.5, scan=True)
-  config.model.label_smoothing = 0.1
+  options = {"drop_path": 0.5, "label_smoothing": 0.1, "scan": True}
+  config.model = convnext.default_model("B", **options)
   config.init_from = config_lib.choose(SOURCES, args.pretrain, "pretrain")
   media = {"a": set_sound, "v": set_pictures}
   config_lib.choose(media, args.modality, "modality")(config.data)
@@ -105,8 +104,7 @@ def shrink(config: ConfigDict) -> ConfigDict:
   config.log_every = 10
   config.data.update(name="av_demo", split="train")
   config.data.video.update(resize=112, size=112)
-  # Ours: what 400 steps of sound, 1,200 of pictures from random weights learn
-  # most with.
+  # Ours: best after 400 steps of sound, 1,200 of pictures from random weights.
   config.model.drop_path = config.data.augment.mixup = 0.0
   if config.data.modality == "a":
     # Clips of 3 s: 298 frames of log-mel.
