@@ -15,7 +15,7 @@ import tensorflow_datasets as tfds
 from avjax import batch as batch_lib
 from avjax import config
 from avjax.data import batches as batches_lib
-from avjax.data import example, pipeline, records, sampling
+from avjax.data import buffers, example, pipeline, records, sampling
 from avjax.errors import InputError
 from data_prep import av_demo, builder, decode
 
@@ -563,3 +563,48 @@ def test_close_ends_the_thread_and_the_host():
   stream.close()
   assert closed == [True]
   assert threading.active_count() == before
+
+
+# ------------------------------------------------------------------- memory
+
+
+def test_memory_of_batches_is_used_again_only_when_nobody_holds_it():
+  made = buffers.Buffers({"a": ((1 << 20,), np.uint8), "b": ((4,), np.uint8)})
+
+  def address(array):
+    return array.__array_interface__["data"][0]
+
+  first = made.take()
+  places = {address(first["a"])}
+  view = first["a"][3:7]  # a view alone holds it
+  del first
+  second = made.take()
+  assert address(second["a"]) not in places
+  places.add(address(second["a"]))
+  second["a"][:] = 7
+  # Where it begins at a multiple of 64 bytes, JAX need not copy it.
+  whole = slice(-address(second["a"]) % 64, None)
+  on_device = jax.device_put(second["a"][whole], jax.devices()[0])
+  del second, view
+  third, fourth = made.take(), made.take()
+  third["a"][:], fourth["a"][:] = 1, 2
+  assert address(third["a"]) in places
+  # In its memory, copied or still on its way: it stays what it was.
+  assert (np.asarray(on_device) == 7).all()
+  kept = [made.take() for _ in range(2 * buffers.KEPT)]
+  assert len({address(batch["a"]) for batch in kept}) == len(kept)
+
+
+def test_what_a_consumer_keeps_never_changes(data):
+  data.video.num_frames = 8  # large enough to be used again
+  seen, copies = [], []
+  stream = pipeline.train_batches(data, batch_size=16, seed=3)
+  with pipeline.device_batches(stream, sharding(), 2) as batches:
+    for step, (batch, _) in enumerate(itertools.islice(batches, 10)):
+      copies.append({key: np.array(batch[key]) for key in batch})
+      seen.append({k: batch[k][2:5] if step % 2 else batch[k] for k in batch})
+      if step % 3 == 0:
+        seen[step] = copies[step] = {}  # others may have the memory
+  for step, (one, other) in enumerate(zip(seen, copies, strict=True)):
+    part = slice(2, 5) if step % 2 else slice(None)
+    equal(one, {key: value[part] for key, value in other.items()})

@@ -8,7 +8,6 @@ import contextlib
 import ctypes
 import functools
 import sys
-import threading
 from concurrent import futures
 from typing import Any
 
@@ -17,6 +16,7 @@ import grain
 import numpy as np
 
 from avjax.data import (
+  buffers,
   clip_text,
   example,
   features,
@@ -101,7 +101,6 @@ class Batches:
       raise InputError(
         f"data.sampling is {data['sampling']!r}; known: balanced, shuffle"
       )
-    self._local = threading.local()
 
   def _check(self, data: Any) -> None:
     """Compares what was built with what is asked for."""
@@ -122,7 +121,7 @@ class Batches:
         )
 
   def __getstate__(self) -> dict[str, Any]:
-    made_here = ("_pool", "_order", "_local")
+    made_here = ("_pool", "_order", "_buffers")
     return {k: v for k, v in self.__dict__.items() if k not in made_here}
 
   @functools.cached_property
@@ -134,6 +133,10 @@ class Batches:
     return everything.seed(self.seed % (1 << 32)).shuffle().repeat()
 
   @functools.cached_property
+  def _buffers(self) -> buffers.Buffers:
+    return buffers.Buffers(self.shapes)
+
+  @functools.cached_property
   def _pool(self) -> futures.ThreadPoolExecutor | None:
     _settle_process()
     if self.threads == 1:
@@ -141,9 +144,7 @@ class Batches:
     return futures.ThreadPoolExecutor(self.threads)
 
   def __call__(self, step: int) -> dict[str, Any]:
-    batch: dict[str, Any] = {
-      key: np.empty(shape, dtype) for key, (shape, dtype) in self.shapes.items()
-    }
+    batch: dict[str, Any] = self._buffers.take()
     first = int(step) * self.global_size + self.first
     fill = functools.partial(self._fill, batch, first)
     run = self._pool.map if self._pool else map
