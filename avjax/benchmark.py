@@ -10,6 +10,19 @@ per second and the median counts.
 python -m avjax.benchmark --compare avsiam cavmae avmae --pin
 
 has the steps of several systems side by side instead, see avjax.throughput.
+
+python -m avjax.benchmark --page --pin --json=speed.json
+
+measures every paper's steps, the pipeline by kind of clip and both together,
+see avjax.speed_page; what its words name is measured alone, and what is in the
+file already is not measured again.
+
+python -m avjax.benchmark --config=configs/cavmae_audioset.py --batch_size=8 \
+  --options --pin --json=speed.json
+
+has time and memory of one step with each policy of rematerialisation, with
+scan, accumulation and bfloat16. `--from_json=speed.json` prints the tables
+again.
 """
 
 import contextlib
@@ -27,6 +40,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from avjax import commands
+from avjax.errors import InputError, unknown
 
 # Rows, inner and columns of the products whose best rate is called the peak.
 PEAK_SHAPES = ((944, 768, 3072), (1888, 768, 768), (1024, 1024, 1024),
@@ -270,18 +284,25 @@ def with_data(config: Any, batch_size: int, stack: contextlib.ExitStack) -> Any:
   from absl import logging
 
   from avjax.data import datasets
-  from avjax.errors import InputError
 
   try:
     datasets.built_dir(config.data)
     return config
   except InputError:
-    from data_prep import synthetic
+    logging.warning(
+      "%s is not built: clips of noise of its size instead", config.data.name
+    )
+    return with_noise(config, batch_size, stack)
+
+
+def with_noise(
+  config: Any, batch_size: int, stack: contextlib.ExitStack
+) -> Any:
+  """The config on synthetic clips, at least a batch of them."""
+  from data_prep import synthetic
+
   folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="avjax-"))
-  logging.warning(
-    "%s is not built: clips of noise of its size instead", config.data.name
-  )
-  clips = max(64, batch_size)
+  clips = max(synthetic.FILES, batch_size)
   built = synthetic.build(config.data, pathlib.Path(folder), clips)
   config = config.copy_and_resolve_references()
   with config.unlocked():
@@ -298,32 +319,44 @@ def with_data(config: Any, batch_size: int, stack: contextlib.ExitStack) -> Any:
   return config
 
 
+# Of these one is given: what is measured.
+MODES = ("config", "compare", "page", "from_json")
+# A flag -> with which of them it goes; those not here go with all that measure.
+GOES_WITH = {
+  "stage": ("config",),
+  "options": ("config",),
+  "demo": ("compare", "page"),
+  "dtype": ("compare", "page"),
+}
+MEASURING = ("batch_size", "repeats", "pin", "json")
+
+
 def check_flags(values: Any, words: list[str]) -> None:
-  """Either a config or systems are measured, with flags that go with it.
+  """One thing is measured, with flags that go with it.
 
   Raises:
-    InputError: both or neither are, or a flag goes with the other.
+    InputError: none or several are, or a flag goes with another.
   """
-  from avjax.errors import InputError
-
-  if values.compare and values.config is not None:
+  modes = [name for name in MODES if values[name].value not in (None, False, "")]
+  if not modes:
     raise InputError(
-      "--config measures one config, --compare several systems: give one of "
-      "the two"
+      "what to measure? --config=configs/avmae_vgg.py:size=B, --compare avsiam "
+      "cavmae avmae, or --page; --from_json=FILE prints tables again"
     )
+  if len(modes) > 1:
+    first, second = modes[:2]
+    raise InputError(
+      f"--{first} and --{second} are two things to do: give one of the two"
+    )
+  if words and not (values.compare or values.page or values.options):
+    raise InputError(f"unexpected argument {words[0]!r}")
   if values.compare and not words:
     raise InputError("--compare needs names of systems: --compare avsiam avmae")
-  if not values.compare and values.config is None:
-    raise InputError(
-      "what to measure? --config=configs/avmae_vgg.py:size=B, or --compare "
-      "avsiam cavmae avmae"
-    )
-  other = {"stage": "--config"} if values.compare else dict.fromkeys(
-    ("demo", "dtype"), "--compare"
-  )  # fmt: skip
-  for name, where in other.items():
-    if values[name].present:
-      raise InputError(f"--{name} goes with {where} alone")
+  goes_with = GOES_WITH | {name: MODES[:3] for name in MEASURING}
+  for name, where in goes_with.items():
+    if values[name].present and modes[0] not in where:
+      only = " or ".join(f"--{mode}" for mode in where)
+      raise InputError(f"--{name} goes with {only} alone")
 
 
 def pin() -> None:
@@ -346,18 +379,19 @@ def main(argv: list[str]) -> None:
   """Prints the table; with --json also writes it."""
   values = flags.FLAGS
   check_flags(values, argv[1:])
-  config = None
-  if not values.compare:
-    config = commands.with_demo_data(values.config)
-    if config.stages:
-      config = config[values.stage or config.stages[0]]
   if values.pin:
     pin()
-  if config is None:
+  if values.page or values.options or values.from_json:
+    from avjax import speed_page
+
+    speed_page.command(values, argv[1:])
+    return
+  if values.compare:
     from avjax import throughput
 
     title, text, rows = throughput.command(values, argv[1:])
   else:
+    config = stage_of(commands.with_demo_data(values.config), values.stage)
     rows = benchmark(config, values.batch_size, values.repeats or 5)
     title = (
       f"{config.method} on {place(values.pin)}, {config.dtype}, batch "
@@ -371,6 +405,19 @@ def main(argv: list[str]) -> None:
       json.dump(record, file, indent=2)
 
 
+def stage_of(config: Any, stage: str = "") -> Any:
+  """A stage of a staged config, by default the first; else the config.
+
+  Raises:
+    InputError: the config has no such stage.
+  """
+  if stage and stage not in config.stages:
+    raise unknown("stage of the config", stage, config.stages)
+  if not config.stages:
+    return config
+  return config[stage or config.stages[0]]
+
+
 def define_flags(values: flags.FlagValues) -> None:
   """The command's flags."""
   config_flags.DEFINE_config_file(
@@ -378,10 +425,14 @@ def define_flags(values: flags.FlagValues) -> None:
   )
   own = {"flag_values": values}
   flags.DEFINE_integer(
-    "batch_size", 0, "Instead of the config's, or of 12.", 0, **own
+    "batch_size",
+    0,
+    "Instead of the config's, of 12, or of the page's.",
+    0,
+    **own,
   )
   flags.DEFINE_integer(
-    "repeats", None, "Counted; default 5, with --compare on a GPU 20.", 1, **own
+    "repeats", None, "Counted; default 5, on a GPU 20.", 1, **own
   )
   flags.DEFINE_bool("pin", False, "Bind the process to one core.", **own)
   flags.DEFINE_string(
@@ -391,12 +442,17 @@ def define_flags(values: flags.FlagValues) -> None:
   flags.DEFINE_bool(
     "compare", False, "Measure the systems named after it.", **own
   )
-  flags.DEFINE_bool("demo", False, "With --compare: demo size.", **own)
-  flags.DEFINE_enum(
-    "dtype", "float32", DTYPES, "With --compare: of the computation.", **own
+  flags.DEFINE_bool(
+    "page", False, "Measure all, or the rows and kinds named after it.", **own
   )
+  flags.DEFINE_bool(
+    "options", False, "With --config: remat, scan, … or those named.", **own
+  )
+  flags.DEFINE_string("from_json", "", "Print its tables again.", **own)
+  flags.DEFINE_bool("demo", False, "Of --compare, --page: demo size.", **own)
+  flags.DEFINE_enum("dtype", "float32", DTYPES, "Of --compare, --page.", **own)
 
 
 if __name__ == "__main__":
   define_flags(flags.FLAGS)
-  commands.run(main, words="compare")
+  commands.run(main, words=True, cache=False)  # compiling is timed
