@@ -92,8 +92,7 @@ class Batches:
     if data["features"]:
       self.features = features.Reader(data, self.split)
     self.heads, self.modality = tuple(data["heads"]), data["modality"]
-    workers = data["workers"]
-    self.threads = max(data["threads"] // max(workers, 1), 1)
+    self.threads = max(data["threads"] // max(data["workers"], 1), 1)
     self.sums = None
     if seed is not None and data["sampling"] == "balanced":
       self.sums = np.cumsum(self.split.label_weights())
@@ -146,9 +145,20 @@ class Batches:
   def __call__(self, step: int) -> dict[str, Any]:
     batch: dict[str, Any] = self._buffers.take()
     first = int(step) * self.global_size + self.first
-    fill = functools.partial(self._fill, batch, first)
-    run = self._pool.map if self._pool else map
-    rows = list(run(fill, range(self.size)))
+    rows: list[Any] = [None] * self.size
+    todo = iter(range(self.size))
+
+    def fill() -> None:
+      for row in todo:  # shared: each thread takes the next row
+        rows[row] = self._fill(batch, first, row)
+
+    if self._pool is None:
+      fill()
+    else:
+      jobs = [self._pool.submit(fill) for _ in range(self.threads)]
+      futures.wait(jobs)  # an error must not leave writers behind
+      for job in jobs:
+        job.result()
     batch["id"] = [name for name, _ in rows]
     batch["skipped"] = [skipped for _, failed in rows for skipped in failed]
     return batch
