@@ -48,6 +48,7 @@ setup(
     "ml-collections>=1,<2",
     "librosa>=0.11,<2",
     "clu>=0.0.12,<0.1",
+    "filelock>=3.12",  # JAX asks for it where its cache is bounded
     "av>=14,<19",  # 19 has no metadata_errors any more
     "simplejpeg>=1.8",
     "opencv-python-headless>=4.10",

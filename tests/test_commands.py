@@ -1,0 +1,45 @@
+"""What every command does before JAX starts."""
+
+import os
+import pathlib
+
+import pytest
+
+from avjax import commands
+
+KEYS = ("JAX_COMPILATION_CACHE_DIR", "JAX_COMPILATION_CACHE_MAX_SIZE")
+
+
+@pytest.fixture
+def home(monkeypatch, tmp_path):
+  """A folder for caches, and an environment that says nothing of JAX's."""
+  for key in KEYS:
+    # Set first, so that what a test sets is undone where nothing was.
+    monkeypatch.setenv(key, "")
+    monkeypatch.delenv(key)
+  monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+  return tmp_path
+
+
+def test_compiled_programs_are_kept_per_kind_of_cpu(home, monkeypatch):
+  commands.keep_compiled()
+  folder, most = (os.environ[key] for key in KEYS)
+  assert pathlib.Path(folder).parent == home / "avjax"
+  assert int(most) == commands.CACHE_BYTES
+  monkeypatch.setattr(commands.platform, "machine", lambda: "other")
+  del os.environ[KEYS[0]]
+  commands.keep_compiled()
+  assert os.environ[KEYS[0]] != folder
+
+
+def test_a_folder_that_is_named_is_left_alone(home, monkeypatch):
+  monkeypatch.setenv(KEYS[0], "elsewhere")
+  commands.keep_compiled()
+  assert os.environ[KEYS[0]] == "elsewhere" and KEYS[1] not in os.environ
+
+
+def test_without_a_place_nothing_is_kept(home, monkeypatch):
+  (home / "file").write_text("")
+  monkeypatch.setenv("XDG_CACHE_HOME", str(home / "file"))
+  commands.keep_compiled()
+  assert not any(key in os.environ for key in KEYS)
