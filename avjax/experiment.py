@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from avjax import averaging, methods, optim, parallel
+from avjax import averaging, grad_cache, methods, optim, parallel
 from avjax.data import augment, pipeline, text
 from avjax.errors import InputError
 from avjax.methods.base import Method
@@ -107,6 +107,8 @@ def build(
   mesh = parallel.make_mesh(config.mesh)
   method = methods.make(config)
   check_batch(config, batch_size, mesh, method.batch_multiple)
+  ways = mesh.shape["data"] * mesh.shape["fsdp"]
+  grad_cache.check(config, method, batch_size, ways)
   if not steps_per_epoch:
     text.check(config)
     steps_per_epoch = pipeline.steps_per_epoch(config.data, batch_size)
@@ -269,21 +271,11 @@ def train_step(
   experiment: Experiment, state: State, batch: dict[str, jax.Array]
 ) -> tuple[State, dict[str, jax.Array]]:
   """One optimiser step on a global batch."""
-  config, method = experiment.config, experiment.method
+  config = experiment.config
   step_rng = jax.random.fold_in(
     jax.random.wrap_key_data(state["rng"]), state["step"]
   )
-  prepare_rng, loss_rng = jax.random.split(step_rng)
-
-  def loss_fn(params: Any, part: Any) -> tuple[jax.Array, Any]:
-    inputs = experiment.prepare(part, prepare_rng, True)
-    loss, aux = method.loss(
-      cast(params, config.dtype), inputs, loss_rng, state["step"]
-    )
-    kept = {k: aux[k] for k in ("metrics", "trainable") if k in aux}
-    return loss.astype(jnp.float32), kept
-
-  grad_fn = jax.value_and_grad(loss_fn, has_aux=True)
+  grad_fn = gradients(experiment, step_rng, state["step"])
   (loss, aux), grads = optim.accumulate(
     grad_fn, state["params"], batch, config.optimizer.accumulate
   )
@@ -311,6 +303,38 @@ def train_step(
     "learning_rate": experiment.learning_rate(state["step"]),
   }
   return new_state, metrics
+
+
+def gradients(
+  experiment: Experiment, rng: jax.Array, step: jax.Array
+) -> Callable[[Any, Any], Any]:
+  """(params, batch) -> ((loss, aux), gradients) of a step."""
+  config, method = experiment.config, experiment.method
+  prepare_rng, loss_rng = jax.random.split(rng)
+
+  def loss_fn(params: Any, part: Any) -> tuple[jax.Array, Any]:
+    inputs = experiment.prepare(part, prepare_rng, True)
+    params = cast(params, config.dtype)
+    loss, aux = method.loss(params, inputs, loss_rng, step)
+    kept = {k: aux[k] for k in ("metrics", "trainable") if k in aux}
+    return loss.astype(jnp.float32), kept
+
+  def encode(params: Any, part: Any) -> Any:
+    inputs = experiment.prepare(part, prepare_rng, True)
+    params = cast(params, config.dtype)
+    return method.example_rows(params, inputs, loss_rng)[0]
+
+  def compare(params: Any, rows: Any, flags: Any) -> tuple[jax.Array, Any]:
+    params = cast(params, config.dtype)
+    loss, metrics = method.loss_of_rows(params, rows, flags)
+    return loss.astype(jnp.float32), {"metrics": metrics}
+
+  if not config.grad_cache:
+    return jax.value_and_grad(loss_fn, has_aux=True)
+  shape = experiment.mesh.shape
+  ways = shape["data"] * shape["fsdp"]
+  size = config.grad_cache
+  return grad_cache.value_and_grad(encode, compare, size=size, ways=ways)
 
 
 def synthetic_batch(
