@@ -22,6 +22,9 @@ COORDINATOR = flags.DEFINE_string(
 )
 PROCESSES = flags.DEFINE_integer("processes", 1, "Number of processes.")
 PROCESS_ID = flags.DEFINE_integer("process_id", 0, "Number of this process.")
+PROFILE = flags.DEFINE_string(
+  "profile", "", "Steps to trace: 10:15 are the tenth to the fourteenth."
+)
 
 
 def main(argv: list[str]) -> None:
@@ -37,7 +40,9 @@ def main(argv: list[str]) -> None:
   from avjax import train
 
   config = commands.with_demo_data(CONFIG.value)
-  train.train_and_evaluate(config, WORKDIR.value or default_workdir())
+  train.train_and_evaluate(
+    config, WORKDIR.value or default_workdir(), profile=PROFILE.value
+  )
 
 
 def default_workdir() -> pathlib.Path:

@@ -21,6 +21,7 @@ from avjax import (
   memory,
   objects,
   parallel,
+  profiling,
   report,
 )
 from avjax.checkpoint import Checkpoints, RunLock
@@ -31,17 +32,20 @@ from avjax.writer import Writer
 
 # Keys that may change between a run and its continuation: they do not change
 # what is computed, only where, how fast and what is shown.
-FREE_KEYS = ("log_every", "mesh.", "checkpoint.", "evals.", "data.dir",
-             "data.workers", "data.threads", "data.prefetch",
+FREE_KEYS = ("log_every", "mesh.", "grad_cache", "checkpoint.", "evals.",
+             "data.dir", "data.workers", "data.threads", "data.prefetch",
              "data.files.", "data.object_scores")  # fmt: skip
 
 
-def train_and_evaluate(config: Any, path: Any) -> dict[str, float]:
+def train_and_evaluate(
+  config: Any, path: Any, *, profile: str = ""
+) -> dict[str, float]:
   """Trains the config in a folder, or goes on where that folder stopped.
 
   Args:
     config: a config of one stage or a staged one (avjax.config.staged).
     path: the run's folder.
+    profile: steps of each stage to trace, see avjax.profiling; '' = none.
 
   Returns:
     The final scores, `<eval>/<metric>`; of the last stage for a staged config.
@@ -52,7 +56,7 @@ def train_and_evaluate(config: Any, path: Any) -> dict[str, float]:
   """
   run = workdir(path)
   if not config.stages:
-    return train_stage(config, run)
+    return train_stage(config, run, profile)
   scores, previous = {}, None
   for name in config.stages:
     logging.info("stage %s in %s", name, run.stage(name).root)
@@ -69,14 +73,16 @@ def train_and_evaluate(config: Any, path: Any) -> dict[str, float]:
     if jax.process_index() == 0:
       initialise.note_stages(run, config.stages)
     previous = run.stage(name)
-    scores = train_stage(stage, previous)
+    scores = train_stage(stage, previous, profile)
   if jax.process_index() == 0:
     report.write_staged(run, config.stages)
     run.done.write_text(json.dumps({"scores": scores}, indent=2) + "\n")
   return scores
 
 
-def train_stage(config: Any, run: Workdir) -> dict[str, float]:
+def train_stage(
+  config: Any, run: Workdir, profile: str = ""
+) -> dict[str, float]:
   """One stage; see train_and_evaluate."""
   config = objects.counted(config)
   if run.done.exists():
@@ -86,7 +92,7 @@ def train_stage(config: Any, run: Workdir) -> dict[str, float]:
   run.root.mkdir(parents=True, exist_ok=True)
   with RunLock(run.lock):
     check_config(config, run)
-    return Loop(config, run).go()
+    return Loop(config, run, profile).go()
 
 
 def check_config(config: Any, run: Workdir) -> None:
@@ -124,8 +130,9 @@ def check_config(config: Any, run: Workdir) -> None:
 class Loop:
   """The state of one running stage."""
 
-  def __init__(self, config: Any, run: Workdir):
+  def __init__(self, config: Any, run: Workdir, profile: str = ""):
     self.config, self.run = config, run
+    self.trace = profiling.Trace(profile, run.root / "profile")
     self.setup = experiment.build(config)
     self.interrupted = False
     self.scores: dict[str, float] = {}
@@ -204,8 +211,10 @@ class Loop:
     save_every = self.interval(config.checkpoint, "checkpoint")
     try:
       for step in range(first + 1, setup.total_steps + 1):
+        self.trace.before_step(meter.pending)
         batch, _ = next(batches)
-        state, metrics = step_fn(state, batch)
+        with profiling.named(step):
+          state, metrics = step_fn(state, batch)
         meter.add(step, metrics)
         last, stopping = step == setup.total_steps, self.stopping(step)
         # ---- 2. order within a step: metrics, evaluation, checkpoint. A
@@ -224,6 +233,7 @@ class Loop:
         if stopping and not last:
           self.leave(step)
     finally:
+      self.trace.close(meter.pending)
       batches.close()
     return state
 
