@@ -510,6 +510,19 @@ def test_record_that_is_cut_short_is_refused():
     good.floats("a")
 
 
+def test_quick_and_careful_parsing_of_records_agree(data):
+  split = records.Split(data, "train")
+  record = bytes(split[3]._data)
+  found = records._quick_lists(record)
+  assert found == records._find_lists(record)
+  assert {"id", "frames", "waveform", "label", "captions"} <= found.keys()
+  # In two messages, it is as good, only slower to read.
+  one = b"\x0a\x0c\x0a\x0a\x0a\x01a\x12\x05\x1a\x03\x0a\x01\x07"
+  two = one + one.replace(b"a", b"b")
+  assert records._quick_lists(two) is None
+  assert records.Record(two).integers("b") == [7]
+
+
 # ------------------------------------------------------------------ devices
 
 

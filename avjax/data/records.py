@@ -29,24 +29,11 @@ class Record:
   """
 
   def __init__(self, data: bytes):
-    self._data = memoryview(data)
-    self._lists: dict[str, tuple[int, int, int]] = {}
+    self._data = data
     try:
-      self._find_lists()
+      self._lists = _quick_lists(data) or _find_lists(data)
     except IndexError as error:
       raise ValueError("a record ends too early") from error
-
-  def _find_lists(self) -> None:
-    """Notes where each feature's values lie: field numbers 1, 2, 3 of
-    tf.train.Feature are lists of bytes, floats and integers."""
-    for _, start, stop in _fields(self._data, 0, len(self._data)):
-      for _, start_, stop_ in _fields(self._data, start, stop):
-        entry = list(_fields(self._data, start_, stop_))
-        if len(entry) == 2:
-          (_, *key), (_, *value) = entry
-          name = str(self._data[slice(*key)], "utf-8")
-          for field in _fields(self._data, *value):
-            self._lists[name] = field
 
   def _values(self, name: str, kind: int) -> Iterator[tuple[int, int, int]]:
     found, start, stop = self._lists.get(name, (kind, 0, 0))
@@ -56,7 +43,8 @@ class Record:
 
   def blobs(self, name: str) -> list[memoryview]:
     """Byte strings, not copied; empty if the field is missing."""
-    return [self._data[a:b] for _, a, b in self._values(name, 1)]
+    data = memoryview(self._data)
+    return [data[a:b] for _, a, b in self._values(name, 1)]
 
   def text(self, name: str) -> str:
     """A single text."""
@@ -77,7 +65,66 @@ class Record:
     return numbers
 
 
-def _varint(data: memoryview, at: int) -> tuple[int, int]:
+def _find_lists(data: bytes) -> dict[str, tuple[int, int, int]]:
+  """Where each feature's values lie: name -> field number, start, stop.
+
+  Field numbers 1, 2, 3 of tf.train.Feature are lists of bytes, floats and
+  integers.
+  """
+  lists = {}
+  for _, start, stop in _fields(data, 0, len(data)):
+    for _, start_, stop_ in _fields(data, start, stop):
+      entry = list(_fields(data, start_, stop_))
+      if len(entry) == 2:
+        (_, *key), (_, *value) = entry
+        name = str(data[slice(*key)], "utf-8")
+        for field in _fields(data, *value):
+          lists[name] = field
+  return lists
+
+
+def _quick_lists(data: bytes) -> dict[str, tuple[int, int, int]] | None:
+  """As `_find_lists`, in a quarter of its time, of records as TFDS writes them.
+
+  One message, of entries of a name of less than 128 bytes and a feature with
+  one list each; None, if the record has another form.
+  """
+  end = len(data)
+  if data[:1] != b"\n":
+    return None
+  length, at = _varint(data, 1)
+  if at + length != end:
+    return None
+  lists = {}
+  while at < end:
+    # Tags, all of fields with a length: entry, name, feature, list.
+    if data[at] != 10:
+      return None
+    length = data[at + 1]
+    at += 2
+    if length > 127:
+      length, at = _varint(data, at - 1)
+    stop, name_end = at + length, at + 2 + data[at + 1]
+    if data[at] != 10 or data[at + 1] > 127 or data[name_end] != 18:
+      return None
+    name = data[at + 2 : name_end]
+    at, length = name_end + 2, data[name_end + 1]
+    if length > 127:
+      length, at = _varint(data, name_end + 1)
+    if not length or at + length != stop:
+      return None
+    kind, length = data[at], data[at + 1]
+    at += 2
+    if length > 127:
+      length, at = _varint(data, at - 1)
+    if at + length != stop or kind not in (10, 18, 26):
+      return None
+    lists[str(name, "utf-8")] = (kind >> 3, at, stop)
+    at = stop
+  return lists if at == end else None
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
   """A protocol-buffer integer and the position after it."""
   byte = data[at]
   if byte < 128:
@@ -92,9 +139,7 @@ def _varint(data: memoryview, at: int) -> tuple[int, int]:
     shift += 7
 
 
-def _fields(
-  data: memoryview, at: int, end: int
-) -> Iterator[tuple[int, int, int]]:
+def _fields(data: bytes, at: int, end: int) -> Iterator[tuple[int, int, int]]:
   """(field number, start, stop) of each field with a length.
 
   An integer that is not packed is given as its own bytes.
