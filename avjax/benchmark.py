@@ -302,7 +302,7 @@ def with_noise(
   from data_prep import synthetic
 
   folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="avjax-"))
-  clips = max(synthetic.FILES, batch_size)
+  clips = max(synthetic.CLIPS[config.data.variant], batch_size)
   built = synthetic.build(config.data, pathlib.Path(folder), clips)
   config = config.copy_and_resolve_references()
   with config.unlocked():
@@ -337,7 +337,9 @@ def check_flags(values: Any, words: list[str]) -> None:
   Raises:
     InputError: none or several are, or a flag goes with another.
   """
-  modes = [name for name in MODES if values[name].value not in (None, False, "")]
+  modes = [
+    name for name in MODES if values[name].value not in (None, False, "")
+  ]
   if not modes:
     raise InputError(
       "what to measure? --config=configs/avmae_vgg.py:size=B, --compare avsiam "

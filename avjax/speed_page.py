@@ -73,20 +73,21 @@ def _steps(config: str, title: str, *args: Any, **kwargs: Any) -> Line:
 # By the name of a row.
 PAGE = {
   "avmae_vgg": _steps(
-    "avmae_vgg", "AV-MAE-B pretraining, VGGSound", 4, "size=B"
+    "avmae_vgg", "AV-MAE-B pretraining, VGGSound", 2, "size=B"
   ),
   "avmae_audioset": _steps(
-    "avmae_audioset", "AV-MAE-B pretraining, AudioSet", 2, "size=B"
+    "avmae_audioset", "AV-MAE-B pretraining, AudioSet", 2, "size=B",
+    cpu_repeats=3,
   ),
-  # Mixup needs two clips.
+  # Mixup needs two clips. AudioSet's step is VGGSound's: three repeats do.
   "avmae_vgg_finetune": _steps(
     "avmae_vgg_finetune", "MBT-B fine-tuning", 2, "size=B", cpu_repeats=3
   ),
-  "cavmae_audioset": _steps("cavmae_audioset", "CAV-MAE pretraining", 4),
+  "cavmae_audioset": _steps("cavmae_audioset", "CAV-MAE pretraining", 2),
   "cavmae_vgg_finetune": _steps(
     "cavmae_vgg_finetune", "CAV-MAE fine-tuning", 2
   ),
-  "deteclap_vgg": _steps("deteclap_vgg", "DETECLAP pretraining", 4),
+  "deteclap_vgg": _steps("deteclap_vgg", "DETECLAP pretraining", 2),
   # Every ratio is in a batch.
   "avsiam_audioset": _steps(
     "avsiam_audioset", "AVSiam-B pretraining", 6, cpu_repeats=3
@@ -104,7 +105,7 @@ PAGE = {
   ),
   "uavm_vgg": _steps("uavm_vgg", "UAVM training on features", 32),
   "uavm_extractor_vgg": _steps(
-    "uavm_extractor_vgg", "UAVM's ConvNeXt-B, sound", 4
+    "uavm_extractor_vgg", "UAVM's ConvNeXt-B, sound", 2
   ),
   "one_frame": Line("one picture, sound", "pipeline", "cavmae_audioset", 16),
   "host_mel": Line(
