@@ -55,6 +55,10 @@ class Experiment:
     """Device batch -> inputs, see avjax.data.augment."""
     return augment.prepare(batch, self.config.data, rng, train)
 
+  def ready(self, params: Any) -> Any:
+    """Parameters as layers use them; see `cast` and `parallel.gathered`."""
+    return parallel.gathered(cast(params, self.config.dtype), self.mesh)
+
   def init_state(self) -> State:
     """The first state, made on the devices where it will live."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state_shapes)
@@ -314,18 +318,18 @@ def gradients(
 
   def loss_fn(params: Any, part: Any) -> tuple[jax.Array, Any]:
     inputs = experiment.prepare(part, prepare_rng, True)
-    params = cast(params, config.dtype)
+    params = experiment.ready(params)
     loss, aux = method.loss(params, inputs, loss_rng, step)
     kept = {k: aux[k] for k in ("metrics", "trainable") if k in aux}
     return loss.astype(jnp.float32), kept
 
   def encode(params: Any, part: Any) -> Any:
     inputs = experiment.prepare(part, prepare_rng, True)
-    params = cast(params, config.dtype)
+    params = experiment.ready(params)
     return method.example_rows(params, inputs, loss_rng)[0]
 
   def compare(params: Any, rows: Any, flags: Any) -> tuple[jax.Array, Any]:
-    params = cast(params, config.dtype)
+    params = experiment.ready(params)
     loss, metrics = method.loss_of_rows(params, rows, flags)
     return loss.astype(jnp.float32), {"metrics": metrics}
 

@@ -135,7 +135,7 @@ def gathered(tree: Any, mesh: Mesh) -> Any:
   """Parameters as layers use them: what `fsdp` keeps in parts is whole.
 
   Without this the compiler may split a layer's channels like its kernel and
-  send activations instead.
+  send activations instead. The layers of a scan are gathered together.
   """
   if mesh.shape["fsdp"] == 1:
     return tree
