@@ -153,8 +153,7 @@ def step_row(
     scores = synthetic.scores(pathlib.Path(stack.enter_context(folder)))
     with config.unlocked():
       config.data.object_scores = str(scores)
-  step = fitting(config, task.batch(device), task.fixed)
-  measured = memory.measured_peak()  # before the products' matrices
+  step, measured = fitting(config, task.batch(device), task.fixed)
   repeats = task.counted(device)
   (seconds,), peak = benchmark.time_steps([step], repeats)
   needed = memory.analysis(step.compiled) or memory.Bytes(0, 0)
@@ -193,24 +192,19 @@ def built(config: Any, batch_size: int) -> Any:
   )
 
 
-def fitting(config: Any, batch_size: int, fixed: bool) -> benchmark.Step:
-  """The step that ran once, its batch halved until the device holds it.
+def fitting(
+  config: Any, batch_size: int, fixed: bool
+) -> tuple[benchmark.Step, int]:
+  """A step, its batch halved until the device holds it; with `tried`'s bytes.
 
   Raises:
     InputError: a fixed batch, or the smallest one, does not fit.
   """
-  import jax
-
   while True:
     setup = built(config, batch_size)
-    try:
-      step = benchmark.Step(setup)
-      if jax.default_backend() != "cpu":
-        step()
-      return step
-    except jax.errors.JaxRuntimeError as error:
-      if "RESOURCE_EXHAUSTED" not in str(error):
-        raise
+    found = tried(setup)
+    if found:
+      return found
     smaller = halved(setup, batch_size)
     if fixed or not smaller:
       raise InputError(
@@ -218,6 +212,33 @@ def fitting(config: Any, batch_size: int, fixed: bool) -> benchmark.Step:
       )
     print(f"a batch of {batch_size} does not fit: {smaller}", file=sys.stderr)
     batch_size = smaller
+
+
+def tried(setup: Any) -> tuple[benchmark.Step, int] | None:
+  """The step, on an accelerator once it ran beside what measures the peak.
+
+  Returns:
+    It and the most bytes that it used (0 where the device does not tell), or
+    None: the device does not hold it. Then nothing of it is left there.
+  """
+  import jax
+
+  from avjax import memory
+
+  device = jax.default_backend()
+  try:
+    step = benchmark.Step(setup)
+    if device == "cpu":
+      return step, 0
+    step()
+    measured = memory.measured_peak()
+    for _, product in benchmark.peak_functions(setup.config.dtype, device):
+      product()
+    return step, measured
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+  return None
 
 
 def halved(setup: Any, batch_size: int) -> int:
@@ -263,7 +284,7 @@ def together_row(
 
   device = jax.default_backend()
   repeats = task.counted(device)
-  step = fitting(config, task.batch(device), task.fixed)
+  step, _ = fitting(config, task.batch(device), task.fixed)
   config = on_noise(config, step.clips, stack)
   stream = stack.enter_context(
     contextlib.closing(

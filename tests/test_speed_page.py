@@ -6,6 +6,7 @@ import math
 import os
 import types
 
+import jax
 import numpy as np
 import pytest
 import simplejpeg
@@ -90,6 +91,26 @@ def test_half_a_batch_is_one_that_the_method_takes(batch, multiple, half):
     method=types.SimpleNamespace(batch_multiple=multiple),
   )
   assert speed_rows.halved(setup, batch) == half
+
+
+def test_a_batch_is_halved_until_it_fits(monkeypatch):
+  """As on a device that holds eight clips."""
+
+  class Step(benchmark.Step):
+    def __init__(self, setup):
+      if setup > 8:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: out of memory")
+      self.clips = setup
+
+  monkeypatch.setattr(speed_rows, "built", lambda _, batch_size: batch_size)
+  monkeypatch.setattr(
+    speed_rows, "halved", lambda _, batch_size: batch_size // 2
+  )
+  monkeypatch.setattr(benchmark, "Step", Step)
+  step, measured = speed_rows.fitting(None, 32, False)
+  assert (step.clips, measured) == (8, 0)
+  with pytest.raises(InputError, match="a batch of 32 does not fit"):
+    speed_rows.fitting(None, 32, True)
 
 
 def test_model_flops_are_three_times_the_forward_pass():
