@@ -1,0 +1,454 @@
+"""What a training will need, before any device is rented.
+
+python -m avjax.plan --config=configs/avmae_vgg.py:size=L --devices=64
+    --device=h100 --config.mesh.fsdp=8 --config.dtype=bfloat16
+
+compiles the real step for a mesh of that many simulated devices and reads from
+the program what one device holds, sends and computes; nothing is computed. The
+time is a model: see avjax.device_rates. No data set is needed: an epoch is the
+published number of clips, or --clips.
+
+--device=cpu predicts CPU seconds on one core of this machine, whose rates are
+measured first; --check then runs the step and compares:
+
+python -m avjax.plan --config=configs/cavmae_audioset.py --device=cpu
+    --batch_size=4 --check --pin
+
+The program is that of JAX's compiler for CPUs. Others place the same
+collectives, except that gradients of parameters that are split (fsdp) are
+reduced and scattered there, half the bytes of the sum here.
+"""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import pathlib
+import re
+import tempfile
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from avjax import commands, plan_report
+from avjax.errors import InputError, unknown
+
+# Host milliseconds for a clip, log-mel made on the device: reading and sound,
+# and each decoded frame; stored features. One core, measured elsewhere.
+READ_MS, FRAME_MS, FEATURES_MS = 0.63, 0.467, 0.08
+
+
+# ------------------------------------------------------------------- program
+
+
+def simulate(devices: int, quick: bool) -> None:
+  """So many CPU devices; before JAX starts.
+
+  Args:
+    devices: of the mesh.
+    quick: the program is only read, not run: machine code may be slow.
+  """
+  import jax
+
+  present = os.environ.get("XLA_FLAGS", "").split()
+  ours = {"--xla_force_host_platform_device_count": devices}
+  if quick:
+    ours["--xla_backend_optimization_level"] = 0
+  kept = [flag for flag in present if flag.split("=")[0] not in ours]
+  kept += [f"{name}={value}" for name, value in ours.items()]
+  os.environ["XLA_FLAGS"] = " ".join(kept)
+  jax.config.update("jax_platforms", "cpu")
+  if jax.device_count() < devices:
+    raise InputError(
+      f"--devices={devices}, but JAX had started with {jax.device_count()}"
+    )
+
+
+def clips_of(data: Any, asked: int) -> int:
+  """Clips of an epoch: asked for, as built, or as published.
+
+  Raises:
+    InputError: neither is known.
+  """
+  from avjax.data import datasets, mixture, pipeline
+
+  if asked:
+    return asked
+  with contextlib.suppress(InputError):
+    return pipeline.num_examples(data)
+  parts = [(data.name, data.split)]
+  if data.mixture:
+    parts = [part[:2] for part in mixture.parse(data.mixture)]
+  total = 0
+  for name, split in parts:
+    known = datasets.lookup(datasets.DATASETS, name, "data set").splits
+    count = datasets.lookup(known, split, f"split of {name}")
+    if not count:
+      raise InputError(
+        f"how many clips {name}:{split} has is not published and it is not "
+        "built: --clips=NUMBER says it"
+      )
+    total += count
+  return min(total, data.limit or total)
+
+
+def ready(config: Any, batch_size: int, stack: contextlib.ExitStack) -> Any:
+  """The config, without files that a plan does not need."""
+  from avjax import benchmark
+
+  config = benchmark.with_groups(config, batch_size)
+  config = config.copy_and_resolve_references()
+  if config.data.object_scores:
+    from data_prep import synthetic
+
+    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="avjax-"))
+    with config.unlocked():
+      made = synthetic.scores(pathlib.Path(folder))
+      config.data.object_scores = str(made)
+  return config
+
+
+def memory_of(setup: Any, compiled: Any) -> plan_report.Memory:
+  """What one device holds of the state and the batch, and works with."""
+  from avjax import memory, trees
+
+  def own(tree: Any) -> int:
+    return sum(
+      math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+      for leaf in trees.flatten(tree).values()
+    )
+
+  state = setup.state_shapes
+  found = memory.analysis(compiled)
+  return plan_report.Memory(
+    own(state["params"]) + own(state["average"]),
+    own(state["opt_state"]),
+    own(setup.batch_shapes),
+    found.temporary if found else 0,
+  )
+
+
+def gradients(setup: Any) -> frozenset[tuple[int, ...]]:
+  """Shapes of matrices among one device's parameters, of one layer each."""
+  from avjax import trees
+
+  return frozenset(
+    tuple(int(n) for n in leaf.sharding.shard_shape(leaf.shape)[-2:])
+    for leaf in trees.flatten(setup.state_shapes["params"]).values()
+    if leaf.ndim > 1
+  ) | frozenset(
+    tuple(int(n) for n in leaf.shape[-2:])
+    for leaf in trees.flatten(setup.state_shapes["params"]).values()
+    if leaf.ndim > 1
+  )
+
+
+def clips_per_core(config: Any) -> float:
+  """Of the input pipeline, a second."""
+  if config.data.features:
+    return 1_000 / FEATURES_MS
+  frames = config.data.video.num_frames if "v" in config.data.modality else 0
+  return 1_000 / (READ_MS + FRAME_MS * frames)
+
+
+# ------------------------------------------------------------------ the plan
+
+
+def make(
+  config: Any, device: str, *, batch_size: int = 0, clips: int = 0,
+  cores: float = 0.0, prefix: str = "--config", rounds: int = 3,
+) -> plan_report.Plan:  # fmt: skip
+  """Compiles a stage's step for the mesh and counts.
+
+  Args:
+    config: one stage; its mesh takes all of JAX's devices.
+    device: a name in `device_rates.DEVICES`, or cpu.
+    batch_size: instead of the config's.
+    clips: of an epoch; 0 = see `clips_of`.
+    cores: of the host for each device; 0 = typical ones.
+    prefix: of flags that the report suggests.
+    rounds: of measurements, where the device is a CPU.
+
+  Raises:
+    InputError: an unknown device, or the config cannot be built.
+  """
+  from avjax import device_rates, step_cost
+
+  device_rates.find(device)
+  with contextlib.ExitStack() as stack:
+    setup, compiled, seconds = built(config, batch_size, clips, stack)
+    kernels = step_cost.kernels(compiled)
+    meter = None
+    if device == "cpu":
+      meter = device_rates.Meter(kernels)
+      for _ in range(rounds):
+        meter.round()
+    return assemble(
+      setup, compiled, kernels, device, meter,
+      clips=clips, cores=cores, prefix=prefix, compile_s=seconds,
+    )  # fmt: skip
+
+
+def built(
+  config: Any, batch_size: int, clips: int, stack: contextlib.ExitStack
+) -> tuple[Any, Any, float]:
+  """Experiment, compiled step, and the CPU seconds that compiling took."""
+  from avjax import benchmark
+
+  setup = prepared(config, batch_size, clips, stack)
+  now = benchmark.clock("cpu")
+  began = now()
+  compiled = setup.compile_step()
+  return setup, compiled, now() - began
+
+
+def prepared(
+  config: Any, batch_size: int, clips: int, stack: contextlib.ExitStack
+) -> Any:
+  """The experiment on the simulated devices.
+
+  Raises:
+    InputError: the config cannot be built, or an epoch has no whole batch.
+  """
+  from avjax import experiment
+
+  size = batch_size or config.batch_size
+  count = clips_of(config.data, clips)
+  if count < size:
+    raise InputError(f"{count} clips are fewer than the batch size {size}")
+  config = ready(config, batch_size, stack)
+  return experiment.build(
+    config, batch_size=batch_size, steps_per_epoch=count // size
+  )
+
+
+def assemble(
+  setup: Any, compiled: Any, kernels: Any, device: str, meter: Any, *,
+  clips: int = 0, cores: float = 0.0, prefix: str = "--config",
+  compile_s: float = 0.0,
+) -> plan_report.Plan:  # fmt: skip
+  """The plan of a compiled step.
+
+  Args:
+    setup: the experiment.
+    compiled: its step.
+    kernels: of it.
+    device: a name, see `make`.
+    meter: `device_rates.Meter` where the device is a CPU.
+    clips: see `make`.
+    cores: see `make`.
+    prefix: see `make`.
+    compile_s: to be told.
+  """
+  from avjax import device_rates, experiment, flops, step_cost
+
+  sheet = device_rates.find(device)
+  config, mesh = setup.config, dict(setup.mesh.shape)
+  needed = memory_of(setup, compiled)
+  batch = next(iter(setup.batch_shapes.values())).shape[0]
+  if sheet is None:
+    fresh = needed.temporary + _fresh_results(compiled)
+    seconds = meter.least(fresh)
+    capacity, peak = host_memory(), 0.0
+  else:
+    seconds = device_rates.published_seconds(
+      sheet, kernels, dtype=config.dtype, parameters=needed.parameters // 4,
+      gradients=gradients(setup),
+    )  # fmt: skip
+    capacity = device_rates.USABLE * sheet.memory
+    peak = sheet.peak[config.dtype]
+    cores = cores or sheet.cores
+  traffic = []
+  for one in step_cost.transfers(compiled, mesh):
+    rate = sheet and device_rates.link_rate(sheet, one.devices)
+    spent = one.sent_bytes / rate if rate else None
+    traffic.append((one.kind, one.axes, one.sent_bytes, spent))
+  known = sheet is not None or not traffic
+  plan = plan_report.Plan(
+    method=config.method, device=device, mesh=mesh, dtype=config.dtype,
+    batch_size=batch, clips=clips_of(config.data, clips),
+    total_steps=setup.total_steps, memory=needed, capacity=capacity,
+    traffic=tuple(traffic),
+    flops=flops.count(
+      lambda s, b: experiment.train_step(setup, s, b),
+      setup.state_shapes, setup.batch_shapes,
+    ),
+    device_flops=sum(
+      k.times * sum(p.flops for p in k.products) for k in kernels
+    ),
+    products_s=seconds.products, other_s=seconds.other,
+    network_s=sum(t[3] or 0.0 for t in traffic) if known else None,
+    clips_per_core=clips_per_core(config), cores=cores, peak=peak,
+    compile_s=compile_s, measured=sheet is None,
+  )  # fmt: skip
+  if plan.missing:
+    found = plan_report.remedy(plan, config, prefix)
+    plan = dataclasses.replace(plan, remedy=found)
+  return plan
+
+
+def _fresh_results(compiled: Any) -> int:
+  """Bytes of results that do not lie where the arguments lay."""
+  stats = compiled.memory_analysis()
+  if stats is None:
+    return 0
+  return stats.output_size_in_bytes - stats.alias_size_in_bytes
+
+
+def host_memory() -> float:
+  """Bytes of this machine; 0 where it does not tell."""
+  path = pathlib.Path("/proc/meminfo")
+  found = path.exists() and re.search(r"MemTotal:\s+(\d+)", path.read_text())
+  return 1024.0 * int(found[1]) if found else 0.0
+
+
+# --------------------------------------------------------------------- check
+
+
+def check(
+  config: Any, *, batch_size: int = 0, clips: int = 0, rounds: int = 5
+) -> tuple[plan_report.Plan, plan_report.Check]:
+  """Predicts a step's CPU seconds and memory, and runs it.
+
+  Args:
+    config: one stage.
+    batch_size: instead of the config's.
+    clips: of an epoch; 0 = see `clips_of`.
+    rounds: of rates and step in turn, after one that does not count.
+  """
+  from avjax import benchmark, device_rates, step_cost
+
+  with contextlib.ExitStack() as stack:
+    setup = prepared(config, batch_size, clips, stack)
+    step = benchmark.Step(setup)
+    kernels = step_cost.kernels(step.compiled)
+    meter = device_rates.Meter(kernels)
+    grown = growth(step)
+    measured_s, _ = benchmark.timed([step, meter.round], rounds, "cpu")
+    plan = assemble(
+      setup, step.compiled, kernels, "cpu", meter, clips=clips,
+      compile_s=step.compile_seconds,
+    )  # fmt: skip
+  return plan, plan_report.Check(
+    plan.device_s, measured_s, plan.memory.total, grown
+  )
+
+
+def growth(step: Any) -> int:
+  """Bytes by which the process grows with the state and one step; 0 where the
+  system does not tell."""
+  import gc
+
+  refs = pathlib.Path("/proc/self/clear_refs")
+  if not refs.exists():
+    return 0
+  step.state = None
+  gc.collect()
+  before = _status("VmRSS")
+  try:
+    refs.write_text("5")  # the peak starts again from here
+  except OSError:
+    return 0
+  step.state = step.setup.init_state()
+  step()
+  return max(0, _status("VmHWM") - before)
+
+
+def _status(key: str) -> int:
+  text = pathlib.Path("/proc/self/status").read_text()
+  return 1024 * int(re.search(rf"{key}:\s+(\d+)", text)[1])
+
+
+# ------------------------------------------------------------------- command
+
+
+def check_flags(values: Any) -> None:
+  """Before anything is compiled.
+
+  Raises:
+    InputError: an unknown device, or flags that do not go together.
+  """
+  from avjax import device_rates
+
+  device_rates.find(values.device)
+  if values.check and (values.device != "cpu" or values.devices != 1):
+    raise InputError(
+      f"--check runs the step here: it goes with --device=cpu --devices=1, not "
+      f"--device={values.device} --devices={values.devices}"
+    )
+  if values.clips and values.steps_per_epoch:
+    raise InputError("--clips and --steps_per_epoch say the same: give one")
+
+
+def main(argv: list[str]) -> None:
+  """Prints the plan; with --json also writes it."""
+  from avjax import benchmark
+
+  del argv
+  values = flags.FLAGS
+  check_flags(values)
+  if values.pin:
+    benchmark.pin()
+  config, prefix = values.config, "--config"
+  if config.stages:
+    stage = values.stage or config.stages[0]
+    if stage not in config.stages:
+      raise unknown("stage", stage, config.stages)
+    config, prefix = config[stage], f"--config.{stage}"
+  simulate(values.devices, quick=values.device != "cpu")
+  clips = values.clips or values.steps_per_epoch * (
+    values.batch_size or config.batch_size
+  )
+  checked = None
+  if values.check:
+    plan, checked = check(
+      config, batch_size=values.batch_size, clips=clips, rounds=values.repeats
+    )
+  else:
+    plan = make(
+      config, values.device, batch_size=values.batch_size, clips=clips,
+      cores=values.host_cores, prefix=prefix, rounds=values.repeats,
+    )  # fmt: skip
+  print(plan_report.report(plan))
+  if checked:
+    print(checked)
+  if values.json:
+    record = plan_report.as_json(plan)
+    if checked:
+      record["check"] = dataclasses.asdict(checked)
+    with open(values.json, "w") as file:
+      json.dump(record, file, indent=2)
+
+
+def define_flags(values: flags.FlagValues) -> None:
+  """The command's flags."""
+  config_flags.DEFINE_config_file(
+    "config", None, "The config to plan.", flag_values=values
+  )
+  own = {"flag_values": values}
+  flags.DEFINE_string(
+    "device", "h100", "See avjax.device_rates; or cpu.", **own
+  )
+  flags.DEFINE_integer("devices", 1, "Of the mesh.", 1, **own)
+  flags.DEFINE_integer("batch_size", 0, "Instead of the config's.", 0, **own)
+  flags.DEFINE_string(
+    "stage", "", "Of a staged config; default the first.", **own
+  )
+  flags.DEFINE_integer("clips", 0, "Of an epoch; 0 = as published.", 0, **own)
+  flags.DEFINE_integer("steps_per_epoch", 0, "Instead of --clips.", 0, **own)
+  flags.DEFINE_float(
+    "host_cores", 0.0, "For each device; 0 = typical ones.", 0.0, **own
+  )
+  flags.DEFINE_bool(
+    "check", False, "With --device=cpu: also run the step.", **own
+  )
+  flags.DEFINE_integer("repeats", 5, "Rounds of measurements.", 1, **own)
+  flags.DEFINE_bool("pin", False, "Bind the process to one core.", **own)
+  flags.DEFINE_string("json", "", "Also write the plan there.", **own)
+
+
+if __name__ == "__main__":
+  define_flags(flags.FLAGS)
+  commands.run(main, required=("config",))
