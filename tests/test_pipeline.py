@@ -4,8 +4,6 @@ import itertools
 import pathlib
 import threading
 
-import cv2
-import grain
 import jax
 import numpy as np
 import pytest
@@ -15,7 +13,7 @@ import tensorflow_datasets as tfds
 from avjax import batch as batch_lib
 from avjax import config
 from avjax.data import batches as batches_lib
-from avjax.data import buffers, example, pipeline, records, sampling
+from avjax.data import example, pipeline, records, sampling
 from avjax.errors import InputError
 from data_prep import av_demo, builder, decode
 
@@ -328,89 +326,6 @@ def test_shapes_need_no_built_data_set(tmp_path):
     pipeline.batch_shapes(section, 2)
 
 
-# ------------------------------------------------- the same, clip by clip
-
-
-def plain_row(data, position, number, seed):
-  """An example as the data set's definition has it, step by step."""
-  record = records.Split(data, "train")[number]
-  rng = np.random.Generator(np.random.Philox(key=[seed, position]))
-  video, audio = data.video, data.audio
-  frames = [
-    simplejpeg.decode_jpeg(f, fastdct=True, fastupsample=True)
-    for f in record.blobs("frames")
-  ]
-  rate = float(record.floats("frame_rate")[0])
-  step = sampling.frame_step(video, data.variant, rate)
-  (start,) = sampling.video_starts(len(frames), video.num_frames, step, 1, rng)
-  height, width = frames[0].shape[:2]
-  box = sampling.crop_box(
-    height, width, resize=video.resize, size=video.size,
-    jitter=data.augment.scale_jitter, random=data.augment.random_crop, rng=rng,
-  )  # fmt: skip
-  rows = slice(box.top, box.bottom), slice(box.left, box.right)
-  numbers = sampling.frame_numbers(start, video.num_frames, step, len(frames))
-  size = (video.size, video.size)
-  pictures = [
-    cv2.resize(frames[k][rows], size, interpolation=cv2.INTER_LINEAR)
-    for k in numbers
-  ]
-  wave = np.frombuffer(record.blobs("waveform")[0], np.int16)
-  count, time = (
-    round(audio.seconds * audio.rate),
-    round(start / rate * audio.rate),
-  )
-  begin = sampling.audio_start(audio.start, len(wave), count, time, rng)
-  if audio.start == "wrap":
-    sound, samples = np.resize(np.roll(wave, -begin), count), count
-  else:
-    part = wave[begin : begin + count]
-    sound, samples = np.pad(part, (0, count - len(part))), len(part)
-  return {
-    "id": record.text("id"),
-    "frames": np.stack(pictures),
-    "waveform": sound,
-    "samples": samples,
-    "index": position,
-  }
-
-
-@pytest.mark.parametrize("case", ["video", "wrap", "frames10", "balanced"])
-def test_batches_are_what_a_plain_loop_makes(data, case):
-  data.heads, seed = (), 5
-  data.augment.update(scale_jitter=(0.9, 1.2), random_crop=True)
-  if case == "frames10":
-    data.variant = case
-    data.video.update(num_frames=1, stride=1)
-    data.augment.update(scale_jitter=(1.0, 1.0), random_crop=False)
-  data.audio.start = "wrap" if case == "wrap" else "aligned"
-  data.audio.seconds = 3.5 if case == "frames10" else 1.5
-  split, order = records.Split(data, "train"), None
-  if case == "balanced":
-    data.sampling = case
-    sums = np.cumsum(split.label_weights())
-    order = [
-      np.searchsorted(
-        sums,
-        np.random.Generator(
-          np.random.Philox(key=[seed, k], counter=1 << 96)
-        ).random() * sums[-1],
-        side="right",
-      )
-      for k in range(56)
-    ]  # fmt: skip
-  else:
-    order = grain.MapDataset.range(48).seed(seed).shuffle().repeat()
-  # Beyond the first epoch of 48 clips.
-  stream = pipeline.train_batches(data, batch_size=8, seed=seed, start_step=5)
-  for step, batch in enumerate(take(stream, 2), start=5):
-    for row in (0, 3, 7):
-      position = 8 * step + row
-      number = int(order[position])
-      for key, value in plain_row(data, position, number, seed).items():
-        np.testing.assert_array_equal(batch[key][row], value, err_msg=key)
-
-
 # ----------------------------------------------------------- broken records
 
 
@@ -576,48 +491,3 @@ def test_close_ends_the_thread_and_the_host():
   stream.close()
   assert closed == [True]
   assert threading.active_count() == before
-
-
-# ------------------------------------------------------------------- memory
-
-
-def test_memory_of_batches_is_used_again_only_when_nobody_holds_it():
-  made = buffers.Buffers({"a": ((1 << 20,), np.uint8), "b": ((4,), np.uint8)})
-
-  def address(array):
-    return array.__array_interface__["data"][0]
-
-  first = made.take()
-  places = {address(first["a"])}
-  view = first["a"][3:7]  # a view alone holds it
-  del first
-  second = made.take()
-  assert address(second["a"]) not in places
-  places.add(address(second["a"]))
-  second["a"][:] = 7
-  # Where it begins at a multiple of 64 bytes, JAX need not copy it.
-  whole = slice(-address(second["a"]) % 64, None)
-  on_device = jax.device_put(second["a"][whole], jax.devices()[0])
-  del second, view
-  third, fourth = made.take(), made.take()
-  third["a"][:], fourth["a"][:] = 1, 2
-  assert address(third["a"]) in places
-  # In its memory, copied or still on its way: it stays what it was.
-  assert (np.asarray(on_device) == 7).all()
-  kept = [made.take() for _ in range(2 * buffers.KEPT)]
-  assert len({address(batch["a"]) for batch in kept}) == len(kept)
-
-
-def test_what_a_consumer_keeps_never_changes(data):
-  data.video.num_frames = 8  # large enough to be used again
-  seen, copies = [], []
-  stream = pipeline.train_batches(data, batch_size=16, seed=3)
-  with pipeline.device_batches(stream, sharding(), 2) as batches:
-    for step, (batch, _) in enumerate(itertools.islice(batches, 10)):
-      copies.append({key: np.array(batch[key]) for key in batch})
-      seen.append({k: batch[k][2:5] if step % 2 else batch[k] for k in batch})
-      if step % 3 == 0:
-        seen[step] = copies[step] = {}  # others may have the memory
-  for step, (one, other) in enumerate(zip(seen, copies, strict=True)):
-    part = slice(2, 5) if step % 2 else slice(None)
-    equal(one, {key: value[part] for key, value in other.items()})

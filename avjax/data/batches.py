@@ -12,7 +12,6 @@ from concurrent import futures
 from typing import Any
 
 import cv2
-import grain
 import numpy as np
 
 from avjax.data import (
@@ -22,6 +21,7 @@ from avjax.data import (
   features,
   mixture,
   object_scores,
+  order,
   records,
 )
 from avjax.errors import InputError
@@ -128,8 +128,7 @@ class Batches:
     """Position in the run -> number of a clip; shuffled anew every epoch."""
     if isinstance(self.split, mixture.Mixture):
       return self.split.order(self.seed)
-    everything = grain.MapDataset.range(len(self.split))
-    return everything.seed(self.seed % (1 << 32)).shuffle().repeat()
+    return order.Order(len(self.split), self.seed % (1 << 32))
 
   @functools.cached_property
   def _buffers(self) -> buffers.Buffers:
@@ -171,7 +170,8 @@ class Batches:
       number = self._number(position, attempt)
       try:
         clip = self._clip(number)
-        rng = self._rng(position, attempt)
+        # Nothing is cut from stored features.
+        rng = None if self.features else self._rng(position, attempt)
         self.cutter.cut(clip, batch, row, rng, self.views)
         if self.features:
           self.features.fill(number, batch, row)

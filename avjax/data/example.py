@@ -296,4 +296,4 @@ def _crop(picture: np.ndarray, box: sampling.Crop, out: np.ndarray) -> None:
   # Linear is enough below a factor of two, and six times as fast.
   much = min(part.shape[:2]) >= 2 * len(out)
   method = cv2.INTER_AREA if much else cv2.INTER_LINEAR
-  out[:] = cv2.resize(part, out.shape[1::-1], interpolation=method)
+  cv2.resize(part, out.shape[1::-1], dst=out, interpolation=method)
