@@ -117,7 +117,7 @@ def pretraining(name: str, batch_size: int, depth: int) -> Pair:
       "examples together"
     )
   inputs = noise(config, batch_size)
-  params = jax.jit(method.init)(jax.random.key(0), inputs)
+  params = drawn(jax.eval_shape(method.init, jax.random.key(0), inputs))
   count, theirs = torch_step(name, config, params, inputs)
   plain = config.copy_and_resolve_references()
   plain.model.attention = "plain"  # computes nothing twice
@@ -140,6 +140,19 @@ def noise(config: Any, batch_size: int) -> dict[str, np.ndarray]:
   return {
     key: rng.standard_normal(shape, np.float32) for key, shape in shapes.items()
   }
+
+
+def drawn(shapes: Any) -> Any:
+  """Small random parameters; compiling `init` takes longer than a step."""
+  import jax
+
+  rng = np.random.default_rng(1)
+
+  def draw(path: Any, leaf: Any) -> np.ndarray:
+    start = 1 if path[-1].key == "scale" else 0  # of a LayerNorm
+    return start + 0.02 * rng.standard_normal(leaf.shape, np.float32)
+
+  return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
 def gradient(
@@ -229,7 +242,8 @@ def blocks(name: str, batch_size: int, depth: int) -> Pair:
   dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
   shape = (batch_size, TOKENS, size.width)
   x = np.random.default_rng(0).standard_normal(shape, np.float32)
-  params = jax.jit(module.init)(jax.random.key(0), x)["params"]
+  params = jax.eval_shape(module.init, jax.random.key(0), x)["params"]
+  params = drawn(params)
 
   def loss(params: Any, x: Any, module: Any = module) -> Any:
     from avjax import experiment
@@ -328,9 +342,8 @@ def measure(name: str, batch_size: int, repeats: int, depth: int) -> Row:
   """
   import jax
 
-  device = jax.default_backend()
-  batch_size = batch_size or BATCH_SIZES[name]
-  pair = lookup(SYSTEMS, name, "system")(name, batch_size, depth)
+  device, make = jax.default_backend(), lookup(SYSTEMS, name, "system")
+  pair = make(name, batch_size or BATCH_SIZES[name], depth)
   mine, other = pair.parameters
   if mine != other:
     raise InputError(f"{name} trains {mine} numbers, in PyTorch {other}")

@@ -2,6 +2,8 @@
 
 import contextlib
 import functools
+import importlib
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from avjax import flops, methods, optim, speed_ratio, throughput, torch_standin
+from avjax.errors import InputError
 from avjax.nn import cav_encoder, sizes, transformer
 
 torch = torch_standin.torch
@@ -25,16 +28,12 @@ def system(name, batch_size):
     config = throughput.config_of(name, stack, demo=True)
   method = methods.make(config)
   inputs = speed_ratio.noise(config, batch_size)
-  params = jax.jit(method.init)(KEY, inputs)
+  params = speed_ratio.drawn(jax.eval_shape(method.init, KEY, inputs))
   rng = np.random.default_rng(1)
   for m, (rows, columns) in cav_encoder.grids(inputs, config.model).items():
     shape = (batch_size, rows * columns)
     inputs[f"noise/{m}"] = rng.random(shape, np.float32)
     inputs[f"noise_ratio/{m}"] = rng.random(batch_size, np.float32)
-  # Zeros would hide a bias that is not read.
-  params = jax.tree.map(
-    lambda x: x + 0.01 * rng.standard_normal(x.shape, np.float32), params
-  )
   return config, method, params, inputs
 
 
@@ -123,3 +122,20 @@ def test_the_stack_is_equal():
   found = torch_standin.stack_step(other, tokens)()
   np.testing.assert_allclose(loss, found.item(), **TOLERANCE)
   np.testing.assert_allclose(gradient, tokens.grad.numpy(), **TOLERANCE)
+
+
+def test_pytorch_is_asked_for_where_it_is_missing(monkeypatch):
+  monkeypatch.setitem(sys.modules, "torch", None)
+  monkeypatch.delitem(sys.modules, "avjax.torch_standin")
+  with pytest.raises(InputError, match=r"pip install -e '\.\[torch\]'"):
+    importlib.import_module("avjax.torch_standin")
+
+
+def test_a_batch_without_all_ratios_is_refused():
+  with pytest.raises(InputError, match="batch_size=4: avsiam takes 6"):
+    speed_ratio.pretraining("avsiam", 4, 0)
+
+
+def test_a_wrong_system_is_named():
+  with pytest.raises(InputError, match="cavmea"):
+    speed_ratio.measure("cavmea", 2, 1, 0)
