@@ -77,24 +77,33 @@ def test_data_parallel_sends_the_gradients_once(compiled):
   sent = step_cost.transfers(step, dict(setup.mesh.shape))
   (reduced,) = [one for one in sent if one.kind == "all-reduce"]
   assert reduced.axes == "data" and reduced.devices == tuple(range(8))
-  # Twice 7/8 of what is trained, and the numbers of the metrics.
-  assert reduced.sent_bytes == pytest.approx(1.75 * moved(setup), rel=0.05)
+  # Twice 7/8 of the gradients, and what else is summed over the clips.
+  least, most = 1.75 * moved(setup), 1.25 * 1.75 * parameters(setup)
+  assert least < reduced.sent_bytes < most
   totals = {}
   for one in sent:
     totals[one.kind] = totals.get(one.kind, 0) + one.sent_bytes
   assert totals == pytest.approx(collectives.traffic(step))
 
 
-def test_split_parameters_need_an_eighth(compiled):
-  whole = plan.memory_of(*compiled(8, 1))
-  split = plan.memory_of(*compiled(1, 8))
-  assert whole.parameters == parameters(compiled(8, 1)[0])
-  assert split.batch == whole.batch
-  # Biases, norms and positions of a model this small are no small part.
-  assert whole.parameters / 8 < split.parameters < whole.parameters / 3
-  for setup, step in (compiled(8, 1), compiled(1, 8)):
-    held = plan.memory_of(setup, step).held
-    assert held == pytest.approx(memory.analysis(step).held, rel=0.02)
+def test_split_parameters_need_an_eighth():
+  """All but what no matrix holds; nothing has to be compiled for that."""
+  silent = types.SimpleNamespace(memory_analysis=lambda: None)
+  found = {}
+  for data, fsdp in ((8, 1), (1, 8)):
+    config = small(mesh__data=data, mesh__fsdp=fsdp)
+    setup = plan.prepared(config, 0, 1_000, contextlib.ExitStack())
+    found[fsdp] = plan.memory_of(setup, silent)
+  whole, split = found[1], found[8]
+  assert whole.parameters == parameters(setup)
+  matrices = sum(
+    4 * math.prod(leaf.shape)
+    for leaf in trees.flatten(setup.state_shapes["params"]).values()
+    if "fsdp" in str(leaf.sharding.spec)
+  )
+  rest = whole.parameters - matrices
+  assert split.parameters == rest + matrices / 8
+  assert split.moments < whole.moments and split.batch == whole.batch
 
 
 def a_plan(**changes):
