@@ -41,9 +41,6 @@ Grids = Mapping[str, tuple[int, int]]  # rows and columns of patches
 MODALITIES = {"audio": "fbank", "video": "frames"}
 
 
-# --- Blocks ------------------------------------------------------------------
-
-
 class Attention(nn.Module):
   """Multi-head attention with biases everywhere."""
 
@@ -140,9 +137,6 @@ class Joint(nn.Module):
   ) -> Float[Tensor, "b n d"]:
     """With one of the sets."""
     return getattr(self, "norm" + ending)(self.block_00(x, ending=ending))
-
-
-# --- What both autoencoders share --------------------------------------------
 
 
 class Autoencoder(nn.Module):
@@ -274,9 +268,6 @@ def removed(ids: Int[Tensor, "b k"], n: int) -> Bool[Tensor, "b n"]:
   """True where a token was masked out."""
   whole = torch.ones(len(ids), n, dtype=torch.bool, device=ids.device)
   return whole.scatter(1, ids, False)
-
-
-# --- The systems -------------------------------------------------------------
 
 
 class CAVMAE(Autoencoder):
@@ -423,9 +414,6 @@ def inverse(groups: list[Int[Tensor, "_"]]) -> Int[Tensor, "b"]:
 
 
 SYSTEMS = {"cavmae": CAVMAE, "avsiam": AVSiam}
-
-
-# --- Parameters and step -----------------------------------------------------
 
 
 def load(module: nn.Module, params: Any) -> None:
