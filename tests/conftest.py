@@ -26,6 +26,39 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 # Shapes in signatures are checked under pytest, and only here.
 install_import_hook(["avjax"], "tests.typechecker.check")
 
+# Minutes long, in one test each.
+LONG = ("test_readme.py", "test_colab.py")
+# Bytes from which on a process forgets what it has compiled.
+LARGE = 3 * 2**30
+
+
+def pytest_collection_modifyitems(items):
+  """Begins with long tests, so that no process waits for one at the end."""
+  items.sort(key=lambda item: item.path.name not in LONG)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+  """Halves of the files each; who has ended first takes from the others."""
+  from xdist.scheduler import WorkStealingScheduling
+
+  if config.getvalue("dist") != "load":
+    return None  # another was asked for
+  return WorkStealingScheduling(config, log)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def memory():
+  """Keeps a process small; its programs would stay to the end."""
+  yield
+  used = pathlib.Path("/proc/self/statm")
+  if used.exists():
+    pages = int(used.read_text().split()[1])
+    if pages * os.sysconf("SC_PAGE_SIZE") > LARGE:
+      import jax
+
+      jax.clear_caches()
+
 
 @pytest.fixture(scope="session")
 def demo_data(tmp_path_factory):
