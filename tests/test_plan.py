@@ -283,7 +283,6 @@ def test_the_prediction_beside_the_step(tmp_path):
       sys.executable, "-m", "avjax.plan", "--device=cpu", "--check", "--pin",
       "--config=configs/cavmae_audioset.py:demo", "--batch_size=8",
       "--clips=960", "--repeats=3", f"--json={tmp_path / 'plan.json'}",
-      "--config.model.depth=1",
     ],
     env=env, cwd=runs.ROOT, capture_output=True, text=True, timeout=300,
   )  # fmt: skip
