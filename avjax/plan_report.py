@@ -240,6 +240,13 @@ def _lines(plan: Plan) -> Iterator[str]:
   yield f"| matrix products | {_flops(plan)}, {_time(plan.products_s)} |"
   yield f"| other kernels | {_time(plan.other_s)} |"
   yield ""
+  summed = any(kind == "all-reduce" and "fsdp" in axes
+               for kind, axes, *_ in plan.traffic)  # fmt: skip
+  if summed and not plan.measured:
+    yield (
+      "all-reduce over fsdp is as the compiler for CPUs has it: those for GPUs "
+      "and TPUs reduce and scatter the gradients, which is half"
+    )
   if plan.missing:
     yield (
       f"DOES NOT FIT: {in_words(plan.missing)} more than the device has; by "
