@@ -16,7 +16,6 @@ from absl import logging
 
 from avjax.errors import InputError
 
-
 STEP = "train_step"  # name of a step's events
 
 
