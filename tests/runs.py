@@ -99,6 +99,8 @@ CONSTANT = {"schedule__name": "constant", "schedule__warmup_epochs": 0.0}
 
 # Two layers: what takes time in these tests is compiling.
 MODEL = {"width": 32, "depth": 2, "heads": 2, "mlp": 64}
+# Where AV-MAE and MBT, which it starts, need the same.
+STAGES = {**MODEL, "depth": 3}
 PER_METHOD = {
   "avmae": {
     "fusion_layers": 1,

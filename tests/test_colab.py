@@ -18,6 +18,7 @@ def test_quickstart(demo_data, tmp_path, monkeypatch):
     for stage in ("pretrain", "finetune")
     for key, value in {
       **{f"data.demo.{k}": v for k, v in runs.DEMO.items()},
+      **{f"model.{k}": v for k, v in runs.STAGES.items()},
       "total_steps": 2,
       "total_epochs": 0.0,
       "batch_size": 8,
