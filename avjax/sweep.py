@@ -170,9 +170,16 @@ def starts(row: Row) -> dict[str, str]:
 
 
 def command(
-  row: Row, seed: int, output: pathlib.Path, smoke: bool
+  row: Row, seed: int, output: pathlib.Path, more: Sequence[str] = ()
 ) -> list[str]:
-  """The process that runs one row with one seed."""
+  """The process that runs one row with one seed.
+
+  Args:
+    row: of the study.
+    seed: of the run.
+    output: of the study.
+    more: `key=value` for every stage.
+  """
   folder = output / "runs"
   overrides = [f"seed={seed}", *row.overrides]
   sources = []
@@ -182,9 +189,8 @@ def command(
     sources.append(f"{modality}:{path}" if modality else path)
   if sources:
     overrides.append(f"init_from={','.join(sources)}")
-  if smoke:
-    places = [f"{stage}." for stage in row.stages] or [""]
-    overrides += [f"{place}{item}" for place in places for item in SMOKE]
+  places = [f"{stage}." for stage in row.stages] or [""]
+  overrides += [f"{place}{item}" for place in places for item in more]
   return [
     sys.executable, "-m", "avjax.main", f"--config={row.config}",
     *(f"--config.{item}" for item in overrides),
@@ -192,8 +198,16 @@ def command(
   ]  # fmt: skip
 
 
-def run(study: Study, seeds: Sequence[int], output: Any, smoke: bool) -> Any:
+def run(
+  study: Study, seeds: Sequence[int], output: Any, more: Sequence[str] = ()
+) -> Any:
   """Runs what is missing, then writes the results.
+
+  Args:
+    study: rows.
+    seeds: of each row.
+    output: folder.
+    more: `key=value` for every run.
 
   Returns:
     List of dicts: row, seed, seconds and the scores.
@@ -205,7 +219,7 @@ def run(study: Study, seeds: Sequence[int], output: Any, smoke: bool) -> Any:
   jobs = [(seed, row) for seed in seeds for row in study.rows]
   began, records = time.time(), []
   for number, (seed, row) in enumerate(jobs):
-    records.append(run_row(row, seed, output, smoke))
+    records.append(run_row(row, seed, output, more))
     scores = {m: records[-1][m] for m in study.metrics if m in records[-1]}
     left = (time.time() - began) / (number + 1) * (len(jobs) - number - 1)
     print(
@@ -218,7 +232,7 @@ def run(study: Study, seeds: Sequence[int], output: Any, smoke: bool) -> Any:
 
 
 def run_row(
-  row: Row, seed: int, output: pathlib.Path, smoke: bool
+  row: Row, seed: int, output: pathlib.Path, more: Sequence[str] = ()
 ) -> dict[str, Any]:
   """One run; a finished one is only read."""
   folder = output / "runs" / row.name / str(seed)
@@ -229,7 +243,7 @@ def run_row(
     log = folder / "log.txt"
     with log.open("a") as file:
       code = subprocess.run(
-        command(row, seed, output, smoke), stdout=file, stderr=file, check=False
+        command(row, seed, output, more), stdout=file, stderr=file, check=False
       ).returncode
     if code:
       tail = "\n".join(log.read_text().splitlines()[-5:])
@@ -343,7 +357,8 @@ def main(argv: list[str]) -> None:
   values = flags.FLAGS
   study = read_study(values.study)
   seeds = [int(seed) for seed in values.seeds]
-  run(study, seeds, values.output, values.smoke)
+  more = [*(SMOKE if values.smoke else ()), *values.overrides]
+  run(study, seeds, values.output, more)
   print((pathlib.Path(values.output) / "results.md").read_text())
 
 
@@ -352,4 +367,5 @@ if __name__ == "__main__":
   flags.DEFINE_string("output", None, "Folder of the runs and the results.")
   flags.DEFINE_list("seeds", ["0", "1", "2"], "Seeds, comma separated.")
   flags.DEFINE_bool("smoke", False, "Two steps on few clips a run.")
+  flags.DEFINE_list("overrides", [], "key=value of config keys, for all runs.")
   commands.run(main, required=("study", "output"))

@@ -38,7 +38,7 @@ def finish(output, row, seed, score):
 
 
 def test_command_of_a_row(tmp_path):
-  found = sweep.command(STUDY.rows[1], 7, tmp_path, smoke=False)
+  found = sweep.command(STUDY.rows[1], 7, tmp_path)
   assert found[3:] == [
     "--config=configs/b.py",
     "--config.seed=7",
@@ -46,12 +46,12 @@ def test_command_of_a_row(tmp_path):
     f"--config.init_from={tmp_path}/runs/first/7/pretrain",
     f"--workdir={tmp_path}/runs/second/7",
   ]
-  found = sweep.command(STUDY.rows[2], 0, tmp_path, smoke=False)
+  found = sweep.command(STUDY.rows[2], 0, tmp_path)
   assert (
     f"--config.init_from=audio:{tmp_path}/runs/first/0,"
     f"video:{tmp_path}/runs/second/0"
   ) in found
-  found = sweep.command(STUDY.rows[0], 0, tmp_path, smoke=True)
+  found = sweep.command(STUDY.rows[0], 0, tmp_path, sweep.SMOKE)
   assert "--config.pretrain.total_steps=2" in found
   assert "--config.finetune.total_steps=2" in found
 
@@ -72,7 +72,7 @@ def test_finished_runs_are_read_and_summed_up(tmp_path, monkeypatch):
     return type("Done", (), {"returncode": 0})
 
   monkeypatch.setattr(sweep.subprocess, "run", start)
-  sweep.run(STUDY, [0, 1], tmp_path, smoke=False)
+  sweep.run(STUDY, [0, 1], tmp_path)
   assert started == [f"--workdir={tmp_path}/runs/first/1"]
   table = (tmp_path / "results.md").read_text()
   assert "| first | 0.600 ± 0.141 | 2 |" in table
@@ -120,7 +120,7 @@ def test_a_row_may_call_a_metric_otherwise(tmp_path):
   row = dataclasses.replace(
     STUDY.rows[0], renamed={"test/top1": "test/av/top1"}
   )
-  found = sweep.run_row(row, 0, tmp_path, smoke=False)
+  found = sweep.run_row(row, 0, tmp_path)
   assert found["test/av/top1"] == 0.5 and "test/top1" not in found
 
 
@@ -240,7 +240,7 @@ def test_failed_run_is_named_with_its_log(tmp_path, monkeypatch):
   failed = type("Done", (), {"returncode": 1})
   monkeypatch.setattr(sweep.subprocess, "run", lambda *args, **kwargs: failed)
   with pytest.raises(InputError, match=r"first seed 3 failed, see .*log\.txt"):
-    sweep.run(STUDY, [3], tmp_path, smoke=False)
+    sweep.run(STUDY, [3], tmp_path)
 
 
 @pytest.mark.parametrize(
