@@ -11,6 +11,7 @@ import tarfile
 import pytest
 import torch
 
+from avjax import sweep
 from data_prep import av_demo, object_labels
 from tests import object_models, public_weights, runs
 
@@ -31,6 +32,9 @@ class Expected:
   devices: int = 1
 
 
+# Of both stages and of the study, whose rows meet their data and programs.
+SIZE = ["batch_size=8", f"data.demo.seed={runs.DEMO['seed']}"]
+SIZE += [f"model.{k}={v}" for k, v in runs.STAGES.items()]
 SMALL = [f"--config.pretrain.model.{k}={v}" for k, v in runs.MODEL.items()]
 SMALL += [
   f"--config.pretrain.model.{k}={v}"
@@ -44,7 +48,8 @@ EXPECTED = {
   "python -m avjax.convert --list": Expected(words=("as-full-51.2.pth",)),
   "python -m avjax.convert": Expected(words=("family cavmae",)),
   "python -m avjax.sweep": Expected(
-    ("--smoke", "--seeds=0"), words=("| pretrained_audiovisual |",)
+    ("--smoke", "--seeds=0", f"--overrides={','.join(SIZE)}"),
+    words=("| pretrained_audiovisual |", "| pretrained_video |"),
   ),
   "python -m avjax.benchmark --compare": Expected(
     ("--demo", "--repeats=1", "--batch_size=6"),
@@ -116,9 +121,8 @@ def place(demo_data, tmp_path_factory):
   steps = [
     f"--config.{stage}.{item}"
     for stage in ("pretrain", "finetune")
-    for item in ("total_steps=2", "total_epochs=0.0", "batch_size=8",
-                 *(f"data.demo.{k}={v}" for k, v in runs.DEMO.items()))
-  ]  # fmt: skip
+    for item in (*sweep.SMOKE, *SIZE)
+  ]
   call = [sys.executable, "-m", "avjax.main", *MAIN, *steps]
   done = run(call, folder, demo_data)
   assert done.returncode == 0, done.stderr[-3000:]
