@@ -12,22 +12,32 @@ from typing import Any
 import jax
 from jax.extend import core
 
+Pick = Callable[..., int]  # min or max
+
 
 def count(function: Callable[..., Any], *args: Any) -> int:
   """FLOPs of the matrix products of `function(*args)` over all devices.
+
+  Of the branches of a switch the dearest one counts.
 
   Args:
     function: traceable by JAX.
     *args: arrays or ShapeDtypeStructs; nothing is computed.
   """
-  return _jaxpr(jax.make_jaxpr(function)(*args).jaxpr)
+  return bounds(function, *args)[1]
 
 
-def _jaxpr(jaxpr: core.Jaxpr) -> int:
-  return sum(_equation(eqn) for eqn in jaxpr.eqns)
+def bounds(function: Callable[..., Any], *args: Any) -> tuple[int, int]:
+  """The same with the cheapest branches of switches, and the dearest ones."""
+  jaxpr = jax.make_jaxpr(function)(*args).jaxpr
+  return _jaxpr(jaxpr, min), _jaxpr(jaxpr, max)
 
 
-def _equation(eqn: Any) -> int:
+def _jaxpr(jaxpr: core.Jaxpr, pick: Pick) -> int:
+  return sum(_equation(eqn, pick) for eqn in jaxpr.eqns)
+
+
+def _equation(eqn: Any, pick: Pick) -> int:
   name = eqn.primitive.name
   if name == "dot_general":
     (contract, _), _ = eqn.params["dimension_numbers"]
@@ -42,17 +52,16 @@ def _equation(eqn: Any) -> int:
   times = eqn.params["length"] if name == "scan" else 1
   if name == "shard_map":
     times = math.prod(eqn.params["mesh"].shape.values())
-  inner = [_inner(value) for value in eqn.params.values()]
-  # Branches of a switch: the dearest one.
-  return times * (max(inner, default=0) if name == "cond" else sum(inner))
+  if name == "cond":
+    return times * _inner(eqn.params["branches"], pick)
+  return times * sum(_inner(value, pick) for value in eqn.params.values())
 
 
-def _inner(value: Any) -> int:
+def _inner(value: Any, pick: Pick) -> int:
   if isinstance(value, core.ClosedJaxpr):
-    return _jaxpr(value.jaxpr)
+    return _jaxpr(value.jaxpr, pick)
   if isinstance(value, core.Jaxpr):
-    return _jaxpr(value)
+    return _jaxpr(value, pick)
   if isinstance(value, (tuple, list)):
-    counts = [_inner(v) for v in value]
-    return max(counts, default=0)
+    return pick((_inner(v, pick) for v in value), default=0)
   return 0

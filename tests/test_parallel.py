@@ -90,5 +90,7 @@ def test_products_are_counted_with_loops_and_gradients():
 def test_branches_count_as_the_dearest():
   x = jnp.ones((4, 4))
   branches = [lambda x: x, lambda x: x @ x @ x]
-  count = flops.count(lambda i, x: jax.lax.switch(i, branches, x), 1, x)
-  assert count == 2 * 2 * 4 * 4 * 4
+  drawn = lambda i, x: jax.lax.switch(i, branches, x) @ x  # noqa: E731
+  one = 2 * 4 * 4 * 4
+  assert flops.count(drawn, 1, x) == 3 * one
+  assert flops.bounds(drawn, 1, x) == (one, 3 * one)
