@@ -135,6 +135,8 @@ def test_every_config_has_its_row(measured, tmp_path):
   for task, _ in speed_page.page_tasks(values, ["steps"]):
     assert task.config["data"]["name"] != "av_demo"
     assert task.config["model"].get("size", "B") == "B"
+    # A step that draws what it does would be timed by its cheapest.
+    assert max(task.config["model"].get("shares", (1,))) == 1
 
 
 def test_a_page_goes_on_from_its_record(measured, tmp_path, capsys):
