@@ -111,8 +111,7 @@ def build(
   mesh = parallel.make_mesh(config.mesh)
   method = methods.make(config)
   check_batch(config, batch_size, mesh, method.batch_multiple)
-  ways = mesh.shape["data"] * mesh.shape["fsdp"]
-  grad_cache.check(config, method, batch_size, ways)
+  grad_cache.check(config, method, batch_size, parallel.ways(mesh))
   if not steps_per_epoch:
     text.check(config)
     steps_per_epoch = pipeline.steps_per_epoch(config.data, batch_size)
@@ -175,7 +174,7 @@ def check_batch(
       "of optimizer.accumulate"
     )
   parallel.check_batch(batch_size // parts, mesh)
-  ways = mesh.shape["data"] * mesh.shape["fsdp"]
+  ways = parallel.ways(mesh)
   own = batch_size // parts // ways
   if own % multiple:
     raise InputError(
@@ -335,10 +334,12 @@ def gradients(
 
   if not config.grad_cache:
     return jax.value_and_grad(loss_fn, has_aux=True)
-  shape = experiment.mesh.shape
-  ways = shape["data"] * shape["fsdp"]
-  size = config.grad_cache
-  return grad_cache.value_and_grad(encode, compare, size=size, ways=ways)
+  return grad_cache.value_and_grad(
+    encode,
+    compare,
+    size=config.grad_cache,
+    ways=parallel.ways(experiment.mesh),
+  )
 
 
 def synthetic_batch(

@@ -92,7 +92,7 @@ class Plan:
   @property
   def ways(self) -> int:
     """Number of parts of the batch."""
-    return ways(self.mesh, self.axes)
+    return parallel.ways(self.mesh, self.axes)
 
   @property
   def places(self) -> tuple[P, P, P]:
@@ -148,7 +148,7 @@ def compare(
       f"batch size {b} is not divisible by model.group_size {size}"
     )
   mesh, axes = place(rows)
-  n = ways(mesh, axes)
+  n = parallel.ways(mesh, axes)
   fits = bool(axes) and not b % n and size == b
   if implementation == "auto":
     implementation = "plain"
@@ -176,14 +176,6 @@ def place(x: Float[Array, "b d"]) -> tuple[Any, tuple[str, ...]]:
   if any(kind != AxisType.Auto for kind in kinds.values()):
     return mesh, ()
   return mesh, tuple(a for a in parallel.BATCH_SPEC[0] if a in kinds)
-
-
-def ways(mesh: Any, axes: tuple[str, ...]) -> int:
-  """Number of devices along some axes of a mesh."""
-  n = 1
-  for axis in axes:
-    n *= mesh.shape[axis]
-  return n
 
 
 def _plain(rows, columns, here, bias, options):

@@ -5,7 +5,9 @@ Axes: `data` splits the batch, `fsdp` splits the batch and the parameters,
 only says where the arguments and results of the step lie.
 """
 
+import math
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -72,12 +74,17 @@ def process_count() -> int:
   return jax.process_count()
 
 
+def ways(mesh: Any, axes: Sequence[str] = BATCH_SPEC[0]) -> int:
+  """Number of devices along some axes; by default those that split a batch."""
+  return math.prod(mesh.shape[axis] for axis in axes)
+
+
 def check_batch(batch_size: int, mesh: Mesh, what: str = "batch size") -> None:
   """Raises InputError where a batch does not divide the mesh."""
-  ways = mesh.shape["data"] * mesh.shape["fsdp"]
-  if batch_size < 1 or batch_size % ways:
+  n = ways(mesh)
+  if batch_size < 1 or batch_size % n:
     raise InputError(
-      f"{what} {batch_size} is not divisible by the {ways} devices of the "
+      f"{what} {batch_size} is not divisible by the {n} devices of the "
       f"mesh's data x fsdp axes {dict(mesh.shape)}"
     )
 

@@ -136,7 +136,9 @@ def test_every_config_has_its_row(measured, tmp_path):
     assert task.config["data"]["name"] != "av_demo"
     assert task.config["model"].get("size", "B") == "B"
     # A step that draws what it does would be timed by its cheapest.
-    assert max(task.config["model"].get("shares", (1,))) == 1
+    assert max(task.config["model"].get("shares", (1,))) > 0.999
+    if task.name == "avsiam_vgg_finetune":  # the optimiser finds its groups
+      speed_rows.built(config.from_plain(task.config), 8)
 
 
 def test_a_page_goes_on_from_its_record(measured, tmp_path, capsys):
