@@ -133,13 +133,10 @@ class Step:
 
     now = clock(jax.default_backend())
     began = now()
-    self.setup, self.compiled = setup, setup.compile_step()
+    self.setup, traced = setup, setup.trace_step()
+    self.compiled = traced.lower().compile()
     self.compile_seconds = now() - began
-    least, self.flops = flops.bounds(
-      lambda s, b: experiment.train_step(setup, s, b),
-      setup.state_shapes,
-      setup.batch_shapes,
-    )
+    least, self.flops = flops.of_jaxpr(traced.jaxpr)
     self.clips = next(iter(setup.batch_shapes.values())).shape[0]
     self.state = setup.init_state()
     self._batch = experiment.synthetic_batch(setup)

@@ -67,15 +67,19 @@ class Experiment:
       jax.random.key(self.config.seed)
     )
 
-  def compile_step(self) -> Any:
-    """The training step, compiled: (state, batch) -> (state, metrics)."""
+  def trace_step(self) -> Any:
+    """The training step as `jax.stages.Traced`, whose jaxpr has no devices."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, self.state_shapes)
     step = jax.jit(
       functools.partial(train_step, self),
       donate_argnums=0,
       out_shardings=(shardings, parallel.replicated(self.mesh)),
     )
-    return step.lower(self.state_shapes, self.batch_shapes).compile()
+    return step.trace(self.state_shapes, self.batch_shapes)
+
+  def compile_step(self) -> Any:
+    """The training step, compiled: (state, batch) -> (state, metrics)."""
+    return self.trace_step().lower().compile()
 
   def stored_shapes(self) -> State:
     """The state as checkpoints hold it: per layer, with shardings."""

@@ -29,8 +29,12 @@ def count(function: Callable[..., Any], *args: Any) -> int:
 
 def bounds(function: Callable[..., Any], *args: Any) -> tuple[int, int]:
   """The same with the cheapest branches of switches, and the dearest ones."""
-  jaxpr = jax.make_jaxpr(function)(*args).jaxpr
-  return _jaxpr(jaxpr, min), _jaxpr(jaxpr, max)
+  return of_jaxpr(jax.make_jaxpr(function)(*args))
+
+
+def of_jaxpr(jaxpr: core.ClosedJaxpr) -> tuple[int, int]:
+  """`bounds` of what has been traced already."""
+  return _jaxpr(jaxpr.jaxpr, min), _jaxpr(jaxpr.jaxpr, max)
 
 
 def _jaxpr(jaxpr: core.Jaxpr, pick: Pick) -> int:

@@ -192,8 +192,10 @@ class Loop:
     """Steps `first`..total; returns the last state."""
     setup, config = self.setup, self.config
     began = time.perf_counter()
-    step_fn = setup.compile_step()
-    self.say_costs(step_fn, time.perf_counter() - began)
+    traced = setup.trace_step()
+    step_fn = traced.lower().compile()
+    seconds = time.perf_counter() - began
+    self.say_costs(flops.of_jaxpr(traced.jaxpr)[1], step_fn, seconds)
     batches = pipeline.device_batches(
       pipeline.train_batches(
         config.data,
@@ -334,16 +336,14 @@ class Loop:
     logging.info("saved step %d; the same command goes on from there", step)
     sys.exit(128 + signal.SIGTERM)
 
-  def say_costs(self, step_fn: Any, seconds: float) -> None:
+  def say_costs(self, products: int, step_fn: Any, seconds: float) -> None:
     """Compile time, FLOPs and memory of a step, before the first one."""
     setup = self.setup
-    step = lambda state, batch: experiment.train_step(setup, state, batch)  # noqa: E731
-    self.flops = flops.count(step, setup.state_shapes, setup.batch_shapes)
     logging.info(
       "compiled the step in %.1f s: %.2f TFLOP of matrix products, %s; %d "
       "steps of batch %d on %s",
       seconds,
-      self.flops / 1e12,
+      products / 1e12,
       memory.of_program(step_fn),
       setup.total_steps,
       self.config.batch_size,
