@@ -25,13 +25,7 @@ from avjax.methods.avmae_config import (
   check,
   default_model,
 )
-from avjax.methods.base import (
-  Inputs,
-  Method,
-  ParamInfo,
-  Params,
-  example_keys,
-)
+from avjax.methods.base import Inputs, Method, ParamInfo, Params
 from avjax.nn import av_encoder, masking, sizes, tokenizers
 from avjax.nn.av_encoder import INPUTS, MODALITIES, AVEncoder, Keep, Tokens
 from avjax.nn.transformer import stack_layers
@@ -209,7 +203,7 @@ class AVMAE(Method):
     for m in self.modalities:
       if m not in patches:
         raise InputError(f"model.modality needs {INPUTS[m]!r} in the inputs")
-    keys, ids = example_keys(inputs, rng), {}
+    keys, ids = masking.draw_keys(inputs, rng), {}
     for i, (m, x) in enumerate(patches.items()):
       noise, n = inputs.get(f"noise/{m}"), x.shape[1]
       if noise is None:

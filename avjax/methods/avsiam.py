@@ -24,7 +24,7 @@ from avjax.methods.avsiam_config import (
   PUBLIC_RATIO,
   default_model,
 )
-from avjax.methods.base import Inputs, Params, example_keys
+from avjax.methods.base import Inputs, Params
 from avjax.methods.pretraining import Pretraining, Rows
 from avjax.nn import cav_encoder, masking, siam_encoder, sizes
 from avjax.nn.cav_encoder import INPUTS
@@ -123,7 +123,7 @@ class AVSiam(Pretraining, SiamMethod):
       ratios: shares of tokens that are removed.
       ending: of `noise`, for another pass over the same inputs.
     """
-    keys, found = example_keys(inputs, rng), {}
+    keys, found = masking.draw_keys(inputs, rng), {}
     grids = cav_encoder.grids(inputs, self.model)
     for i, (m, grid) in enumerate(grids.items()):
       own = masking.fold_in(keys, i + (len(grids) if ending else 0))

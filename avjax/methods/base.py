@@ -9,21 +9,9 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-
-from avjax.nn import masking
 
 Params = Any  # nested dict of arrays; per-layer names: encoder/block_00/…
 Inputs = Mapping[str, jax.Array]  # avjax.batch.INPUTS
-
-
-def example_keys(inputs: Inputs, rng: jax.Array) -> masking.Keys:
-  """One key per example, by its own number."""
-  index = inputs.get("index")
-  if index is None:
-    b = len(next(iter(inputs.values())))
-    index = jnp.arange(b, dtype=jnp.uint32)
-  return masking.example_keys(rng, index)
 
 
 @dataclasses.dataclass(frozen=True)

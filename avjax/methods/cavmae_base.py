@@ -15,14 +15,7 @@ from jaxtyping import Array, Bool, Float
 
 from avjax import losses
 from avjax.errors import InputError
-from avjax.methods.base import (
-  Inputs,
-  Loaded,
-  Method,
-  ParamInfo,
-  Params,
-  example_keys,
-)
+from avjax.methods.base import Inputs, Loaded, Method, ParamInfo, Params
 from avjax.methods.cavmae_config import check
 from avjax.nn import cav_encoder, masking, sizes
 from avjax.nn.cav_encoder import ALONE, INPUTS, CAVEncoder, Ids, Pass
@@ -129,7 +122,7 @@ class CAVMethod(PatchMethod):
     Raises:
       InputError: a ratio leaves no token.
     """
-    keys, ids = example_keys(inputs, rng), {}
+    keys, ids = masking.draw_keys(inputs, rng), {}
     grids = cav_encoder.grids(inputs, self.model)
     for i, (m, grid) in enumerate(grids.items()):
       if m not in self.masked:

@@ -33,7 +33,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from avjax import losses
 from avjax.errors import InputError
-from avjax.methods.base import Inputs, Params, example_keys
+from avjax.methods.base import Inputs, Params
 from avjax.methods.cavmae_base import present
 from avjax.methods.coavt_base import PASSES
 from avjax.methods.coavt_config import default_model
@@ -138,7 +138,7 @@ class CoAVT(Retrieval):
     if "contrast" in self.model.objectives:
       found |= self.contrast(logits, equal, counted)
     if "matching" in self.model.objectives:
-      keys = example_keys(inputs, draws)
+      keys = masking.draw_keys(inputs, draws)
       found |= self.matching(
         params, media, cross, logits, ids, mask, equal, counted, keys, train[2]
       )

@@ -21,17 +21,10 @@ from ml_collections import ConfigDict
 
 from avjax.config import with_overrides
 from avjax.errors import InputError, lookup
-from avjax.methods.base import (
-  Inputs,
-  Loaded,
-  Method,
-  ParamInfo,
-  Params,
-  example_keys,
-)
+from avjax.methods.base import Inputs, Loaded, Method, ParamInfo, Params
 from avjax.methods.cavmae_config import LOSSES
 from avjax.methods.supervised import chosen, classify, criterion, objective
-from avjax.nn import convnext, heads
+from avjax.nn import convnext, heads, masking
 from avjax.nn.transformer import drop_path, stack_layers
 from avjax.weights import transfer
 
@@ -145,7 +138,7 @@ class ConvNeXtClassifier(Method):
     rate = self.model.drop_path
     if not rate:
       return None
-    keys = example_keys(inputs, rng)
+    keys = masking.draw_keys(inputs, rng)
     return drop_path(keys, self.num_layers, rate, rescale=True)[:, 0]
 
   def logits(

@@ -24,15 +24,8 @@ from ml_collections import ConfigDict
 from avjax import losses
 from avjax.config import with_overrides
 from avjax.errors import InputError, lookup
-from avjax.methods.base import (
-  Inputs,
-  Loaded,
-  Method,
-  ParamInfo,
-  Params,
-  example_keys,
-)
-from avjax.nn import av_encoder, heads, sizes, streams
+from avjax.methods.base import Inputs, Loaded, Method, ParamInfo, Params
+from avjax.nn import av_encoder, heads, masking, sizes, streams
 from avjax.nn.av_encoder import INPUTS, MODALITIES, Keep, Tokens
 from avjax.nn.transformer import stack_layers
 from avjax.weights import transfer
@@ -259,7 +252,7 @@ class MBT(Method):
 
   def draw_keep(self, inputs: Inputs, rng: jax.Array) -> Keep | None:
     """Patterns of stochastic depth, one key per example."""
-    keys = example_keys(inputs, rng)
+    keys = masking.draw_keys(inputs, rng)
     return self.encoder().draw_keep(keys, self.modalities, self.model.drop_path)
 
   def predict(

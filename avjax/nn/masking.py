@@ -6,6 +6,7 @@ drawn with one key per example, so masks do not depend on the devices.
 """
 
 import functools
+from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,15 @@ Keys = Key[Array, "b"] | UInt32[Array, "b 2"]
 def example_keys(rng: jax.Array, index: UInt32[Array, "b"]) -> Keys:
   """One key per example from the step's key and the example's number."""
   return jax.vmap(jax.random.fold_in, (None, 0))(rng, index)
+
+
+def draw_keys(inputs: Mapping[str, Array], rng: jax.Array) -> Keys:
+  """One key per example of a method's inputs, by `index` where it is there."""
+  index = inputs.get("index")
+  if index is None:
+    b = len(next(iter(inputs.values())))
+    index = jnp.arange(b, dtype=jnp.uint32)
+  return example_keys(rng, index)
 
 
 def fold_in(keys: Keys, number: int) -> Keys:
