@@ -132,9 +132,7 @@ def base_config() -> ConfigDict:
       "total_epochs": 0.0,
       "batch_size": 512,  # global
       "dtype": "float32",  # of the computation; parameters are float32
-      # Examples (of all devices) that are encoded at a time where the contrast
-      # is over more than memory holds; 0 = the whole batch at once.
-      "grad_cache": 0,
+      "grad_cache": 0,  # examples encoded at a time; 0 = the whole batch
       "mesh": {"data": -1, "fsdp": 1, "tensor": 1},
       "method": "",
       "model": {},

@@ -242,7 +242,7 @@ def assemble(
     prefix: see `make`.
     compile_s: to be told.
   """
-  from avjax import device_rates, experiment, flops, step_cost
+  from avjax import device_rates, experiment, flops
 
   sheet = device_rates.find(device)
   config, mesh = setup.config, dict(setup.mesh.shape)
@@ -260,17 +260,13 @@ def assemble(
     capacity = device_rates.USABLE * sheet.memory
     peak = sheet.peak[config.dtype]
     cores = cores or sheet.cores
-  traffic = []
-  for one in step_cost.transfers(compiled, mesh):
-    rate = sheet and device_rates.link_rate(sheet, one.devices)
-    spent = one.sent_bytes / rate if rate else None
-    traffic.append((one.kind, one.axes, one.sent_bytes, spent))
+  traffic = _traffic(compiled, mesh, sheet)
   known = sheet is not None or not traffic
   plan = plan_report.Plan(
     method=config.method, device=device, mesh=mesh, dtype=config.dtype,
     batch_size=batch, clips=clips_of(config.data, clips),
     total_steps=setup.total_steps, memory=needed, capacity=capacity,
-    traffic=tuple(traffic),
+    traffic=traffic,
     flops=flops.count(
       lambda s, b: experiment.train_step(setup, s, b),
       setup.state_shapes, setup.batch_shapes,
@@ -287,6 +283,18 @@ def assemble(
     found = plan_report.remedy(plan, config, prefix)
     plan = dataclasses.replace(plan, remedy=found)
   return plan
+
+
+def _traffic(compiled: Any, mesh: Any, sheet: Any) -> tuple[Any, ...]:
+  """(kind, axes, bytes sent, seconds) of a step; None = rate not known."""
+  from avjax import device_rates, step_cost
+
+  found = []
+  for one in step_cost.transfers(compiled, mesh):
+    rate = sheet and device_rates.link_rate(sheet, one.devices)
+    spent = one.sent_bytes / rate if rate else None
+    found.append((one.kind, one.axes, one.sent_bytes, spent))
+  return tuple(found)
 
 
 def _fresh_results(compiled: Any) -> int:
