@@ -26,7 +26,7 @@ METHODS = {
     "coavt_audioset",
     {**WIDE, "text_width": 64, "text_heads": 4, "text_mlp": 256},
   ),
-  "uavm": ("uavm_vgg", {"width": 64, "shared_width": 64, "mlp": 256}),
+  "uavm": ("uavm_vgg", {**WIDE, "shared_width": 64}),
 }
 # data x fsdp x tensor
 ONE, DATA, BOTH, ALL = (1, 1, 1), (8, 1, 1), (4, 2, 1), (2, 2, 2)
