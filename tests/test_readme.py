@@ -41,6 +41,11 @@ SMALL += [
   for k, v in runs.PER_METHOD["avmae"].items()
 ]
 
+SMALL_CAV = [
+  f"--config.model.{k}={v}"
+  for k, v in {**runs.MODEL, **runs.PER_METHOD["cavmae"]}.items()
+]
+
 # By the start of a command.
 EXPECTED = {
   "python -m avjax.evaluate": Expected(words=("test/top1",)),
@@ -54,6 +59,24 @@ EXPECTED = {
   "python -m avjax.benchmark --compare": Expected(
     ("--demo", "--repeats=1", "--batch_size=6"),
     words=("| avsiam |", "| avmae |"),
+  ),
+  "python -m avjax.benchmark --page": Expected(
+    ("uavm_vgg", "features", "--demo", "--repeats=1"),
+    words=("| UAVM training on features", "| stored features"),
+  ),
+  "python -m avjax.benchmark --from_json": Expected(
+    words=("| CAV-MAE pretraining", "| one picture, sound", "| `scan` |"),
+  ),
+  "python -m avjax.benchmark --config=configs/cavmae_audioset.py": Expected(
+    ("remat_full", "--repeats=1", *SMALL_CAV), words=("| `remat_full` |",)
+  ),
+  # Of true width; two blocks a stack.
+  "python -m avjax.speed_ratio": Expected(
+    ("--depth=2", "--repeats=1"),
+    words=("| cavmae |", "| avsiam |", "| stack |"),
+  ),
+  "python -m avjax.plan": Expected(
+    tuple(SMALL), words=("| all-reduce over data |", "limit: ")
   ),
   "python -m avjax.benchmark": Expected(
     ("--repeats=1", *SMALL), words=("| step, synthetic batch |",)
@@ -92,7 +115,7 @@ def commands():
 def place(demo_data, tmp_path_factory):
   """A folder that looks like the checkout after the main job, but tiny."""
   folder = tmp_path_factory.mktemp("checkout")
-  for name in ("configs", "data_prep"):
+  for name in ("configs", "data_prep", "docs"):
     (folder / name).symlink_to(runs.ROOT / name)
   clip = av_demo.example_media(demo_data).read_bytes()
   (folder / "clip.mp4").write_bytes(clip)
