@@ -29,9 +29,7 @@ import contextlib
 import dataclasses
 import json
 import os
-import pathlib
 import statistics
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -40,8 +38,8 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from avjax import commands
-from avjax.errors import InputError, unknown
+from avjax import bench_configs, commands
+from avjax.errors import InputError
 
 # Rows, inner and columns of the products whose best rate is called the peak.
 PEAK_SHAPES = ((944, 768, 3072), (1888, 768, 768), (1024, 1024, 1024),
@@ -111,38 +109,53 @@ def peak_functions(dtype: str, device: str) -> list[tuple[int, Any]]:
 TRIED = 16
 
 
-class Step:
-  """A training step on a synthetic batch that lies on the device.
-
-  A call runs it once, to its end. Where steps draw which of several things they
-  compute, it is always one step, of the dearest kind, as the FLOPs are.
+class Program:
+  """A compiled training step.
 
   Attributes:
     setup: the experiment.
     compiled: (state, batch) -> (state, metrics).
     compile_seconds: that tracing and compiling took; CPU seconds on a CPU.
-    state: before the next call.
     clips: in the batch.
-    flops: of the step's matrix products, over all devices.
+    flops: of the step's matrix products, over all devices; where steps draw
+      which of several things they compute, of the dearest.
   """
 
   def __init__(self, setup: Any):
     import jax
 
-    from avjax import experiment, flops
+    from avjax import flops
 
     now = clock(jax.default_backend())
     began = now()
     self.setup, traced = setup, setup.trace_step()
     self.compiled = traced.lower().compile()
     self.compile_seconds = now() - began
-    least, self.flops = flops.of_jaxpr(traced.jaxpr)
+    self._least_flops, self.flops = flops.of_jaxpr(traced.jaxpr)
     self.clips = next(iter(setup.batch_shapes.values())).shape[0]
+
+
+class Step(Program):
+  """A training step on a synthetic batch that lies on the device.
+
+  A call runs it once, to its end. Where steps draw which of several things they
+  compute, it is always one step, of the dearest kind, as the FLOPs are.
+
+  Attributes:
+    state: before the next call.
+  """
+
+  def __init__(self, setup: Any):
+    import jax
+
+    from avjax import experiment
+
+    super().__init__(setup)
     self.state = setup.init_state()
     self._batch = experiment.synthetic_batch(setup)
     self._number: int | None = None
-    if least < 0.99 * self.flops:
-      self._number = self._dearest(now)
+    if self._least_flops < 0.99 * self.flops:
+      self._number = self._dearest(clock(jax.default_backend()))
 
   def __call__(self) -> None:
     import jax
@@ -268,74 +281,15 @@ def benchmark(config: Any, batch_size: int = 0, repeats: int = 5) -> list[Row]:
   """All rows for one stage's config; clips of noise where no data is built."""
   from avjax import experiment
 
-  config = with_groups(config, batch_size)
+  config = bench_configs.with_groups(config, batch_size)
   batch_size = batch_size or config.batch_size
   with contextlib.ExitStack() as stack:
-    config = with_data(config, batch_size, stack)
+    config = bench_configs.with_data(config, batch_size, stack)
     setup = experiment.build(config, batch_size=batch_size)
     rows, step = bench_step(setup, repeats)
     rows.append(bench_pipeline(config, batch_size, repeats))
     rows.append(bench_together(setup, batch_size, repeats, step))
   return rows
-
-
-def with_groups(config: Any, batch_size: int) -> Any:
-  """The config, ready for this batch (0: its own).
-
-  Where `model.group_size` does not divide it, the group is the whole batch;
-  a printed line says so.
-  """
-  group = config.model.get("group_size", 0)
-  if not (batch_size and group and batch_size % group):
-    return config
-  print(
-    f"model.group_size={group} does not divide --batch_size={batch_size}: "
-    "measured with 0, the whole batch"
-  )
-  config = config.copy_and_resolve_references()
-  with config.unlocked():
-    config.model.group_size = 0
-  return config
-
-
-def with_data(config: Any, batch_size: int, stack: contextlib.ExitStack) -> Any:
-  """The config, its data set replaced by synthetic clips if it is absent."""
-  from absl import logging
-
-  from avjax.data import datasets
-
-  try:
-    datasets.built_dir(config.data)
-    return config
-  except InputError:
-    logging.warning(
-      "%s is not built: clips of noise of its size instead", config.data.name
-    )
-    return with_noise(config, batch_size, stack)
-
-
-def with_noise(
-  config: Any, batch_size: int, stack: contextlib.ExitStack
-) -> Any:
-  """The config on synthetic clips, at least a batch of them."""
-  from data_prep import synthetic
-
-  folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="avjax-"))
-  clips = max(synthetic.CLIPS[config.data.variant], batch_size)
-  built = synthetic.build(config.data, pathlib.Path(folder), clips)
-  config = config.copy_and_resolve_references()
-  with config.unlocked():
-    config.data.dir = str(built)
-    if config.data.object_scores:
-      config.data.object_scores = str(synthetic.scores(built, clips))
-    if config.data.features:
-      made = synthetic.features(built, config.data, clips)
-      config.data.features = str(made)
-    if config.data.text.vocabulary:
-      made = synthetic.vocabulary(built, config.model.get("vocabulary", 0))
-      config.data.text.vocabulary = str(made)
-    config.data.exclude = ""
-  return config
 
 
 # Of these one is given: what is measured.
@@ -412,7 +366,9 @@ def main(argv: list[str]) -> None:
 
     title, text, rows = throughput.command(values, argv[1:])
   else:
-    config = stage_of(commands.with_demo_data(values.config), values.stage)
+    config = bench_configs.stage_of(
+      commands.with_demo_data(values.config), values.stage
+    )
     rows = benchmark(config, values.batch_size, values.repeats or 5)
     title = (
       f"{config.method} on {place(values.pin)}, {config.dtype}, batch "
@@ -424,19 +380,6 @@ def main(argv: list[str]) -> None:
     with open(values.json, "w") as file:
       record = {"title": title, "rows": [dataclasses.asdict(r) for r in rows]}
       json.dump(record, file, indent=2)
-
-
-def stage_of(config: Any, stage: str = "") -> Any:
-  """A stage of a staged config, by default the first; else the config.
-
-  Raises:
-    InputError: the config has no such stage.
-  """
-  if stage and stage not in config.stages:
-    raise unknown("stage of the config", stage, config.stages)
-  if not config.stages:
-    return config
-  return config[stage or config.stages[0]]
 
 
 def define_flags(values: flags.FlagValues) -> None:

@@ -26,14 +26,13 @@ import math
 import os
 import pathlib
 import re
-import tempfile
 from typing import Any
 
 from absl import flags
 from ml_collections import config_flags
 
-from avjax import commands, plan_report
-from avjax.errors import InputError, unknown
+from avjax import bench_configs, commands, plan_report
+from avjax.errors import InputError
 
 # Host milliseconds for a clip, log-mel made on the device: reading and sound,
 # and each decoded frame; stored features. One core, measured elsewhere.
@@ -92,22 +91,6 @@ def clips_of(data: Any, asked: int) -> int:
       )
     total += count
   return min(total, data.limit or total)
-
-
-def ready(config: Any, batch_size: int, stack: contextlib.ExitStack) -> Any:
-  """The config, without files that a plan does not need."""
-  from avjax import benchmark
-
-  config = benchmark.with_groups(config, batch_size)
-  config = config.copy_and_resolve_references()
-  if config.data.object_scores:
-    from data_prep import synthetic
-
-    folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="avjax-"))
-    with config.unlocked():
-      made = synthetic.scores(pathlib.Path(folder))
-      config.data.object_scores = str(made)
-  return config
 
 
 def memory_of(setup: Any, compiled: Any) -> plan_report.Memory:
@@ -174,34 +157,20 @@ def make(
   Raises:
     InputError: an unknown device, or the config cannot be built.
   """
-  from avjax import device_rates, step_cost
+  from avjax import benchmark, device_rates, step_cost
 
   device_rates.find(device)
   with contextlib.ExitStack() as stack:
-    setup, compiled, seconds = built(config, batch_size, clips, stack)
-    kernels = step_cost.kernels(compiled)
+    program = benchmark.Program(prepared(config, batch_size, clips, stack))
+    kernels = step_cost.kernels(program.compiled)
     meter = None
     if device == "cpu":
       meter = device_rates.Meter(kernels)
       for _ in range(rounds):
         meter.round()
     return assemble(
-      setup, compiled, kernels, device, meter,
-      clips=clips, cores=cores, prefix=prefix, compile_s=seconds,
-    )  # fmt: skip
-
-
-def built(
-  config: Any, batch_size: int, clips: int, stack: contextlib.ExitStack
-) -> tuple[Any, Any, float]:
-  """Experiment, compiled step, and the CPU seconds that compiling took."""
-  from avjax import benchmark
-
-  setup = prepared(config, batch_size, clips, stack)
-  now = benchmark.clock("cpu")
-  began = now()
-  compiled = setup.compile_step()
-  return setup, compiled, now() - began
+      program, kernels, device, meter, clips=clips, cores=cores, prefix=prefix
+    )
 
 
 def prepared(
@@ -212,42 +181,35 @@ def prepared(
   Raises:
     InputError: the config cannot be built, or an epoch has no whole batch.
   """
-  from avjax import experiment
-
   size = batch_size or config.batch_size
   count = clips_of(config.data, clips)
   if count < size:
     raise InputError(f"{count} clips are fewer than the batch size {size}")
-  config = ready(config, batch_size, stack)
-  return experiment.build(
-    config, batch_size=batch_size, steps_per_epoch=count // size
-  )
+  config = bench_configs.with_scores(config, stack)
+  return bench_configs.experiment_of(config, batch_size, count // size)
 
 
 def assemble(
-  setup: Any, compiled: Any, kernels: Any, device: str, meter: Any, *,
+  program: Any, kernels: Any, device: str, meter: Any, *,
   clips: int = 0, cores: float = 0.0, prefix: str = "--config",
-  compile_s: float = 0.0,
 ) -> plan_report.Plan:  # fmt: skip
   """The plan of a compiled step.
 
   Args:
-    setup: the experiment.
-    compiled: its step.
+    program: `benchmark.Program`.
     kernels: of it.
     device: a name, see `make`.
     meter: `device_rates.Meter` where the device is a CPU.
     clips: see `make`.
     cores: see `make`.
     prefix: see `make`.
-    compile_s: to be told.
   """
-  from avjax import device_rates, experiment, flops
+  from avjax import device_rates
 
+  setup, compiled = program.setup, program.compiled
   sheet = device_rates.find(device)
   config, mesh = setup.config, dict(setup.mesh.shape)
   needed = memory_of(setup, compiled)
-  batch = next(iter(setup.batch_shapes.values())).shape[0]
   if sheet is None:
     fresh = needed.temporary + _fresh_results(compiled)
     seconds = meter.least(fresh)
@@ -264,20 +226,16 @@ def assemble(
   known = sheet is not None or not traffic
   plan = plan_report.Plan(
     method=config.method, device=device, mesh=mesh, dtype=config.dtype,
-    batch_size=batch, clips=clips_of(config.data, clips),
+    batch_size=program.clips, clips=clips_of(config.data, clips),
     total_steps=setup.total_steps, memory=needed, capacity=capacity,
-    traffic=traffic,
-    flops=flops.count(
-      lambda s, b: experiment.train_step(setup, s, b),
-      setup.state_shapes, setup.batch_shapes,
-    ),
+    traffic=traffic, flops=program.flops,
     device_flops=sum(
       k.times * sum(p.flops for p in k.products) for k in kernels
     ),
     products_s=seconds.products, other_s=seconds.other,
     network_s=sum(t[3] or 0.0 for t in traffic) if known else None,
     clips_per_core=clips_per_core(config), cores=cores, peak=peak,
-    compile_s=compile_s, measured=sheet is None,
+    compile_s=program.compile_seconds, measured=sheet is None,
   )  # fmt: skip
   if plan.missing:
     found = plan_report.remedy(plan, config, prefix)
@@ -329,16 +287,12 @@ def check(
   from avjax import benchmark, device_rates, step_cost
 
   with contextlib.ExitStack() as stack:
-    setup = prepared(config, batch_size, clips, stack)
-    step = benchmark.Step(setup)
+    step = benchmark.Step(prepared(config, batch_size, clips, stack))
     kernels = step_cost.kernels(step.compiled)
     meter = device_rates.Meter(kernels)
     grown = growth(step)
     measured_s, _ = benchmark.timed([step, meter.round], rounds, "cpu")
-    plan = assemble(
-      setup, step.compiled, kernels, "cpu", meter, clips=clips,
-      compile_s=step.compile_seconds,
-    )  # fmt: skip
+    plan = assemble(step, kernels, "cpu", meter, clips=clips)
   return plan, plan_report.Check(
     plan.device_s, measured_s, plan.memory.total, grown
   )
@@ -401,10 +355,8 @@ def main(argv: list[str]) -> None:
     benchmark.pin()
   config, prefix = values.config, "--config"
   if config.stages:
-    stage = values.stage or config.stages[0]
-    if stage not in config.stages:
-      raise unknown("stage", stage, config.stages)
-    config, prefix = config[stage], f"--config.{stage}"
+    prefix = f"--config.{values.stage or config.stages[0]}"
+  config = bench_configs.stage_of(config, values.stage)
   simulate(values.devices, quick=values.device != "cpu")
   clips = values.clips or values.steps_per_epoch * (
     values.batch_size or config.batch_size

@@ -33,7 +33,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from avjax import benchmark, commands
+from avjax import bench_configs, benchmark, commands
 from avjax.errors import InputError, lookup
 
 BATCH_SIZES = {"cavmae": 4, "avsiam": 6, "stack": 8}
@@ -109,7 +109,7 @@ def pretraining(name: str, batch_size: int, depth: int) -> Pair:
     )
   if depth:
     config.model.update(depth=depth, decoder_depth=depth)
-  config = benchmark.with_groups(config, batch_size)
+  config = bench_configs.with_groups(config, batch_size)
   method = methods.make(config)
   if batch_size % method.batch_multiple:
     raise InputError(

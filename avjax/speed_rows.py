@@ -12,14 +12,13 @@ import math
 import pathlib
 import statistics
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from avjax import benchmark, errors
+from avjax import bench_configs, benchmark, errors
 from avjax import config as config_lib
 from avjax.errors import InputError
 
@@ -146,13 +145,7 @@ def step_row(
   from avjax import memory, throughput
 
   device = jax.default_backend()
-  if config.data.object_scores:
-    from data_prep import synthetic
-
-    folder = tempfile.TemporaryDirectory(prefix="avjax-")
-    scores = synthetic.scores(pathlib.Path(stack.enter_context(folder)))
-    with config.unlocked():
-      config.data.object_scores = str(scores)
+  config = bench_configs.with_scores(config, stack)
   step, measured = fitting(config, task.batch(device), task.fixed)
   repeats = task.counted(device)
   (seconds,), peak = benchmark.time_steps([step], repeats)
@@ -181,17 +174,6 @@ def step_row(
   }
 
 
-def built(config: Any, batch_size: int) -> Any:
-  """The experiment, for which no data set has to be there."""
-  from avjax import experiment, throughput
-
-  return experiment.build(
-    benchmark.with_groups(config, batch_size),
-    batch_size=batch_size,
-    steps_per_epoch=throughput.STEPS_PER_EPOCH,
-  )
-
-
 def fitting(
   config: Any, batch_size: int, fixed: bool
 ) -> tuple[benchmark.Step, int]:
@@ -201,7 +183,7 @@ def fitting(
     InputError: a fixed batch, or the smallest one, does not fit.
   """
   while True:
-    setup = built(config, batch_size)
+    setup = bench_configs.experiment_of(config, batch_size)
     found = tried(setup)
     if found:
       return found
@@ -334,7 +316,7 @@ def on_noise(config: Any, batch_size: int, stack: contextlib.ExitStack) -> Any:
     config.data.mixture = ()
     if config.data.features:  # no pictures are read: the smaller records
       config.data.features, config.data.variant = "noise", "frames10"
-  return benchmark.with_noise(config, batch_size, stack)
+  return bench_configs.with_noise(config, batch_size, stack)
 
 
 # ------------------------------------------------------------- the pipeline

@@ -23,17 +23,14 @@ below: of all systems together, as it cannot be told apart.
 
 import contextlib
 import dataclasses
-import importlib
 import math
-import pathlib
-import tempfile
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
 
-from avjax import benchmark, experiment, memory, trees
-from avjax.errors import InputError, lookup
+from avjax import bench_configs, benchmark, memory, trees
+from avjax.errors import lookup
 
 # Name -> configs/<name>.py and its argument.
 SYSTEMS = {
@@ -46,8 +43,6 @@ SYSTEMS = {
 BATCH_SIZE = 12  # AVSiam has six ratios
 REPEATS = {"cpu": 5}
 REPEATS_ELSEWHERE = 20
-# The learning rate depends on it, speed does not.
-STEPS_PER_EPOCH = 1_000
 
 COLUMNS = (
   "system", "frames, s of sound", "clips/s", "ratio", "GFLOP/clip", "GFLOP/s",
@@ -129,26 +124,8 @@ def config_of(
     InputError: no such system, the nearest is named; or no `configs` here.
   """
   file, argument = lookup(SYSTEMS, name, "system to compare")
-  try:
-    module = importlib.import_module(f"configs.{file}")
-  except ModuleNotFoundError as error:
-    raise InputError(
-      f"configs/{file}.py is not importable here: run from the checkout"
-    ) from error
-  words = [word for word in ("demo" * demo, argument) if word]
-  config = module.get_config(",".join(words))
-  if config.stages:
-    config = config[config.stages[0]]
-  config = config.copy_and_resolve_references()
-  with config.unlocked():
-    config.dtype = dtype
-    if config.data.object_scores:
-      from data_prep import synthetic
-
-      folder = tempfile.TemporaryDirectory(prefix="avjax-")
-      scores = synthetic.scores(pathlib.Path(stack.enter_context(folder)))
-      config.data.object_scores = str(scores)
-  return config
+  config = bench_configs.load(file, argument, dtype=dtype, demo=demo)
+  return bench_configs.with_scores(config, stack)
 
 
 def compare(
@@ -168,11 +145,7 @@ def compare(
     InputError: a config cannot have this batch size.
   """
   setups = [
-    experiment.build(
-      benchmark.with_groups(config, batch_size),
-      batch_size=batch_size,
-      steps_per_epoch=STEPS_PER_EPOCH,
-    )
+    bench_configs.experiment_of(config, batch_size)
     for config in configs.values()
   ]
   steps = [benchmark.Step(setup) for setup in setups]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from absl import flags
 
-from avjax import benchmark, experiment, throughput
+from avjax import bench_configs, benchmark, experiment, throughput
 from avjax.data import object_scores, text
 from avjax.errors import InputError
 from configs import cavmae_audioset
@@ -19,7 +19,7 @@ from tests import runs
 @pytest.mark.parametrize("asked, group", [(0, 27), (54, 27), (4, 0), (30, 0)])
 def test_groups_that_do_not_divide_the_batch(asked, group, capsys):
   config = runs.plain(cavmae_audioset.get_config())
-  found = benchmark.with_groups(config, asked)
+  found = bench_configs.with_groups(config, asked)
   assert found.model.group_size == group
   said = capsys.readouterr().out
   assert ("model.group_size=27" in said) == (group == 0)

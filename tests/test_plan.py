@@ -14,6 +14,7 @@ import pytest
 from absl import flags
 
 from avjax import (
+  benchmark,
   collectives,
   device_rates,
   memory,
@@ -37,14 +38,14 @@ def small(**overrides):
 
 @pytest.fixture(scope="module")
 def compiled():
-  """(data, fsdp) -> experiment, text and compiled step; each compiled once."""
+  """(data, fsdp) -> the program; each compiled once."""
   found = {}
 
   def get(data, fsdp):
     if (data, fsdp) not in found:
       config = small(mesh__data=data, mesh__fsdp=fsdp)
       setup = plan.prepared(config, 0, 1_000, contextlib.ExitStack())
-      found[data, fsdp] = setup, setup.compile_step()
+      found[data, fsdp] = benchmark.Program(setup)
     return found[data, fsdp]
 
   return get
@@ -64,16 +65,17 @@ def moved(setup):
 
 
 def test_products_are_those_that_the_trace_has(compiled):
-  setup, step = compiled(1, 1)
+  program = compiled(1, 1)
   found = plan.assemble(
-    setup, step, step_cost.kernels(step), "h100", None, clips=1_000
+    program, step_cost.kernels(program.compiled), "h100", None, clips=1_000
   )
   assert found.device_flops == pytest.approx(found.flops, rel=0.02)
   assert not found.traffic and found.network_s == 0
 
 
 def test_data_parallel_sends_the_gradients_once(compiled):
-  setup, step = compiled(8, 1)
+  program = compiled(8, 1)
+  setup, step = program.setup, program.compiled
   sent = step_cost.transfers(step, dict(setup.mesh.shape))
   (reduced,) = [one for one in sent if one.kind == "all-reduce"]
   assert reduced.axes == "data" and reduced.devices == tuple(range(8))
