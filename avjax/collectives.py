@@ -4,16 +4,12 @@ Read from `compiled.as_text()`: the compiler has placed every collective by
 then, also those that nobody wrote.
 """
 
+import collections
 import dataclasses
-import math
-import re
+from collections.abc import Sequence
 from typing import Any
 
-# Bytes of one number.
-WIDTHS = {
-  "pred": 1, "s8": 1, "u8": 1, "s16": 2, "u16": 2, "f16": 2, "bf16": 2,
-  "s32": 4, "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8,
-}  # fmt: skip
+from avjax import hlo
 
 # Bytes that leave a device, of the result's bytes on n devices.
 SHARES = {
@@ -27,17 +23,6 @@ SHARES = {
 # Where they are asynchronous, what is sent stands before the result.
 PAIRED = ("all-gather", "collective-permute")
 
-_MOVED = re.compile(rf"= (.*?) ({'|'.join(SHARES)})(?:-start)?\(")
-_COMPUTATION = re.compile(r"(?:ENTRY )?%?([\w.\-]+) .*\{$")
-_LOOP = re.compile(
-  r' while\(.*body=%?([\w.\-]+)(?:.*"known_trip_count":.*?"(\d+)")?'
-)
-_ARRAY = re.compile(r"(\w+)\[([\d,]*)\]")
-# Groups of devices: lists, a reshaped range, axes of a mesh.
-_LISTED = re.compile(r"replica_groups=\{\{([\d,]*)\}")
-_RANGE = re.compile(r"replica_groups=\[(\d+),(\d+)\]<=")
-_AXES = re.compile(r"replica_groups=mesh\[(.*?)\].*?\{([^}]*)\}")
-
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
@@ -46,7 +31,7 @@ class Collective:
   Attributes:
     kind: a key of SHARES.
     result_bytes: of what a device has afterwards.
-    devices: in its group.
+    devices: in its group; two where each sends to another.
     times: how often it runs: more than once in a loop.
   """
 
@@ -62,7 +47,7 @@ class Collective:
 
 
 def find(compiled: Any) -> list[Collective]:
-  """All collectives of a program.
+  """All collectives of a program, those of all branches of a condition.
 
   Args:
     compiled: of `jax.stages.Lowered.compile`, or its text.
@@ -71,25 +56,34 @@ def find(compiled: Any) -> list[Collective]:
     ValueError: a collective stands in a loop whose number of turns the
       compiler does not say.
   """
-  text = compiled if isinstance(compiled, str) else compiled.as_text()
-  text = re.sub(r"/\*.*?\*/", "", text)
-  total = _total_devices(text)
-  found, name = [], ""
-  turns = _turns(text)
-  for line in text.splitlines():
-    head = _COMPUTATION.match(line)
-    name = head[1] if head else name
-    moved = _MOVED.search(line)
-    if not moved:
-      continue
-    times = turns.get(name, 1)
-    if not times:
-      raise ValueError(f"{moved[2]} in a loop of unknown length: {name}")
-    kind, devices = moved[2], _group_size(line, total)
-    both = kind in PAIRED and moved[0].endswith("-start(")
-    count = size(moved[1], half=both)
-    found.append(Collective(kind, count, devices, times))
+  program = hlo.read(compiled)
+  turns = program.turns(_all, unknown=0)
+  found = []
+  for name, lines in program.computations.items():
+    for line in lines.values():
+      one = of_line(line, program, turns.get(name, 1))
+      if one and not one.times:
+        raise ValueError(f"{one.kind} in a loop of unknown length: {name}")
+      found += [one] if one else []
   return found
+
+
+def of_line(
+  line: hlo.Line, program: hlo.Program, times: int
+) -> Collective | None:
+  """The collective that an instruction is or begins; None = it is none."""
+  kind = line.op.removesuffix("-start")
+  if kind not in SHARES:
+    return None
+  count = hlo.size(line.shape, half=kind in PAIRED and kind != line.op)
+  return Collective(kind, count, len(program.group(line)), times)
+
+
+def _all(ways: Sequence[hlo.Turns]) -> hlo.Turns:
+  total: collections.Counter[str] = collections.Counter()
+  for way in ways:
+    total.update(way)
+  return total
 
 
 def traffic(compiled: Any) -> dict[str, float]:
@@ -98,70 +92,3 @@ def traffic(compiled: Any) -> dict[str, float]:
   for one in find(compiled):
     sent[one.kind] = sent.get(one.kind, 0) + one.sent_bytes
   return sent
-
-
-def _turns(text: str) -> dict[str, int]:
-  """Computation -> how often its lines run; 0 = not known.
-
-  A loop within a loop counts its own turns times the outer one's.
-  """
-  own, outer, name = {}, {}, ""
-  for line in text.splitlines():
-    head = _COMPUTATION.match(line)
-    name = head[1] if head else name
-    for called in re.findall(r"(?:to_apply|calls|body|condition)=%?([\w.\-]+)",
-                             line):  # fmt: skip
-      outer[called] = name
-    branches = re.search(r"branch_computations=\{(.*?)\}", line)
-    for called in re.findall(r"[\w.\-]+", branches[1] if branches else ""):
-      outer[called] = name
-    loop = _LOOP.search(line)
-    if loop:
-      own[loop[1]] = int(loop[2] or 0)
-  found = {}
-  for name in {*own, *outer}:
-    times, place = own.get(name, 1), name
-    while place in outer:
-      place = outer[place]
-      times *= own.get(place, 1)
-    found[name] = times
-  return found
-
-
-def _total_devices(text: str) -> int:
-  """Of the whole program."""
-  head = text.split("\n", 1)[0]
-  count = 1
-  for key in ("num_partitions", "replica_count"):
-    said = re.search(rf"{key}=(\d+)", head)
-    count *= int(said[1]) if said else 1
-  return count
-
-
-def _group_size(line: str, total: int) -> int:
-  listed = _LISTED.search(line)
-  if listed:
-    return len(listed[1].split(","))
-  ranged = _RANGE.search(line)
-  if ranged:
-    return int(ranged[2])
-  axes = _AXES.search(line)
-  if axes:
-    sizes = dict(re.findall(r"'(\w+)'=(\d+)", axes[1]))
-    return math.prod(int(sizes[a]) for a in re.findall(r"'(\w+)'", axes[2]))
-  return total
-
-
-def size(shapes: str, half: bool = False) -> int:
-  """Bytes of a result's shapes as the compiler writes them.
-
-  Args:
-    shapes: an array's, or several in parentheses.
-    half: the later half of the arrays alone.
-  """
-  counts = [
-    WIDTHS[kind] * math.prod(int(n) for n in shape.split(",") if n)
-    for kind, shape in _ARRAY.findall(shapes)
-    if kind in WIDTHS
-  ]
-  return sum(counts[len(counts) // 2 :] if half else counts)

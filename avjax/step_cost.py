@@ -10,18 +10,20 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-from avjax import collectives
+from avjax import collectives, hlo
+from avjax.hlo import Line, Program
 
 # Instructions that cost nothing by themselves.
 FREE = frozenset({
   "parameter", "constant", "tuple", "get-tuple-element", "bitcast", "iota",
   "after-all", "partition-id", "replica-id", "opt-barrier", "domain", "while",
-  "call", "conditional", "broadcast",
+  "call", "conditional", "broadcast", "async-start", "async-update",
+  "async-done",
 })  # fmt: skip
 # Results of polynomials of some ten terms.
 TRANSCENDENTAL = frozenset({
@@ -35,34 +37,6 @@ MOVING = frozenset({
   "tuple", "get-tuple-element", "dynamic-update-slice", "convert", "gather",
 })  # fmt: skip
 SLICES = ("dynamic-slice", "slice", "gather")
-
-_HEAD = re.compile(r"(ENTRY )?%?([\w.\-]+) .*\{$")
-_LINE = re.compile(
-  r"\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*?)\)(.*)"
-)
-_ARRAY = re.compile(r"(\w+)\[([\d,]*)\](?:\{([\d,]*))?")
-_CALLED = re.compile(r"(?:to_apply|calls|body|condition)=%?([\w.\-]+)")
-
-
-@dataclasses.dataclass(frozen=True)
-class Line:
-  """One instruction of a program.
-
-  Attributes:
-    name: unique within its computation.
-    shape: of the result, as the compiler writes it.
-    op: its kind.
-    operands: names.
-    rest: attributes.
-    root: its result is the computation's.
-  """
-
-  name: str
-  shape: str
-  op: str
-  operands: tuple[str, ...]
-  rest: str
-  root: bool
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,67 +111,27 @@ def kernels(compiled: Any) -> list[Kernel]:
   A loop whose number of turns the compiler does not say counts once, and so
   does the dearest branch of a condition, the others not at all.
   """
-  text = compiled if isinstance(compiled, str) else compiled.as_text()
-  text = re.sub(r"/\*.*?\*/", "", text)
-  program, entry = computations(text)
+  program = hlo.read(compiled)
   found = []
-  for name, times in _turns(program, entry).items():
-    lines = program[name]
+  for name, times in _turns(program).items():
+    lines = program.computations[name]
     for line in lines.values():
       if line.op not in FREE:
         found.append(_kernel(line, lines, program, times))
   return found
 
 
-def computations(text: str) -> tuple[dict[str, dict[str, Line]], str]:
-  """Lines by name, of each computation; and which one is the program."""
-  program: dict[str, dict[str, Line]] = {}
-  entry, lines = "", {}
-  for row in text.splitlines():
-    head = None if row.startswith(" ") else _HEAD.match(row)
-    if head:
-      lines = program.setdefault(head[2], {})
-      entry = head[2] if head[1] else entry
-      continue
-    match = _LINE.match(row)
-    if match:
-      root, name, shape, op, inner, rest = match.groups()
-      operands = tuple(
-        part.split()[-1].lstrip("%") for part in inner.split(",") if part
-      )
-      lines[name] = Line(name, shape, op, operands, rest, bool(root))
-  return program, entry
+def _turns(program: Program) -> hlo.Turns:
+  """How often computations run; of branches the one with most products."""
 
+  def dearest(ways: Sequence[hlo.Turns]) -> hlo.Turns:
+    return max(ways, key=lambda way: _flops(program.computations, way))
 
-def _turns(
-  program: dict[str, dict[str, Line]], name: str, count: int = 1
-) -> dict[str, int]:
-  """How often each computation that is no part of a kernel runs.
-
-  Of a condition's branches the one with the most products.
-  """
-  times: dict[str, int] = collections.Counter({name: count})
-  for line in program[name].values():
-    if line.op in ("while", "call"):
-      known = re.search(r'"known_trip_count":.*?"(\d+)"', line.rest)
-      turns = int(known[1]) if known and line.op == "while" else 1
-      for called in _CALLED.findall(line.rest):
-        times.update(_turns(program, called, count * turns))
-    elif line.op == "conditional":
-      ways = [_turns(program, way, count) for way in _branches(line)]
-      times.update(max(ways, key=lambda way: _flops(program, way)))
-  return times
-
-
-def _branches(line: Line) -> list[str]:
-  found = re.findall(r"(?:true|false)_computation=%?([\w.\-]+)", line.rest)
-  for many in re.findall(r"branch_computations=\{(.*?)\}", line.rest):
-    found += re.findall(r"[\w.\-]+", many)
-  return found
+  return program.turns(dearest, unknown=1)
 
 
 def _flops(
-  program: dict[str, dict[str, Line]], times: dict[str, int]
+  program: Mapping[str, dict[str, Line]], times: hlo.Turns
 ) -> tuple[int, int]:
   """Of the products; with equals, the number of lines decides."""
   total, count = 0, 0
@@ -215,10 +149,10 @@ def _flops(
 def _kernel(
   line: Line,
   lines: dict[str, Line],
-  program: dict[str, dict[str, Line]],
+  program: Program,
   times: int,
 ) -> Kernel:
-  inside = _inside(line, program)
+  inside = _inside(line, program.computations)
   body = inside or {line.name: line}
   places = inside or lines
   operations, transcendentals = _operations(body, places)
@@ -244,12 +178,12 @@ def _kernel(
 
 
 def _inside(
-  line: Line, program: dict[str, dict[str, Line]]
+  line: Line, program: Mapping[str, dict[str, Line]]
 ) -> dict[str, Line] | None:
   """The lines of a fused kernel."""
   if line.op != "fusion":
     return None
-  return program[_CALLED.search(line.rest)[1]]
+  return program[hlo.CALLED.search(line.rest)[1]]
 
 
 def _kind(body: dict[str, Line], products: bool, convolved: bool) -> str:
@@ -268,26 +202,18 @@ def _kind(body: dict[str, Line], products: bool, convolved: bool) -> str:
   return "moving" if ops <= MOVING else "elementwise"
 
 
-def elements(shape: str) -> int:
-  """Numbers in a result, of a tuple all together."""
-  return sum(
-    math.prod(int(n) for n in sizes.split(",") if n)
-    for _, sizes, _ in _ARRAY.findall(shape)
-  )
-
-
 def _operations(
   body: dict[str, Line], places: dict[str, Line]
 ) -> tuple[float, float]:
   """Operations on single numbers, and those that are transcendental."""
   plain, dear = 0.0, 0.0
   for line in body.values():
-    count = elements(line.shape)
+    count = hlo.elements(line.shape)
     if line.op in TRANSCENDENTAL:
       dear += count
     elif line.op in ("reduce", "reduce-window", "sort", "scatter"):
       first = places.get(line.operands[0])
-      plain += elements(first.shape) if first else count
+      plain += hlo.elements(first.shape) if first else count
     elif line.op in SLOW:
       plain += 4 * count
     elif line.op not in MOVING and line.op not in ("dot", "convolution"):
@@ -301,15 +227,15 @@ def _bytes(
   """Read and written; of what is sliced or updated, that part alone."""
   if inside is None:
     if line.op in SLICES:
-      return 2 * collectives.size(line.shape)
+      return 2 * hlo.size(line.shape)
     if line.op == "dynamic-update-slice":
-      return 2 * collectives.size(lines[line.operands[1]].shape)
+      return 2 * hlo.size(lines[line.operands[1]].shape)
     shapes = [lines[name].shape for name in line.operands if name in lines]
-    return float(sum(map(collectives.size, [line.shape, *shapes])))
+    return float(sum(map(hlo.size, [line.shape, *shapes])))
   total, updated = 0.0, set()
   for one in inside.values():
     if one.op == "dynamic-update-slice":
-      total += collectives.size(inside[one.operands[1]].shape)
+      total += hlo.size(inside[one.operands[1]].shape)
       updated |= _sources(one.operands[0], inside)
   users = collections.defaultdict(list)
   for one in inside.values():
@@ -319,7 +245,7 @@ def _bytes(
     if one.op == "parameter" and one.name not in updated:
       total += _read(one, users)
   if not updated:
-    total += collectives.size(line.shape)
+    total += hlo.size(line.shape)
   return total
 
 
@@ -331,12 +257,12 @@ def _sources(name: str, inside: dict[str, Line]) -> set[str]:
 
 
 def _read(parameter: Line, users: dict[str, list[Line]]) -> float:
-  whole = collectives.size(parameter.shape)
+  whole = hlo.size(parameter.shape)
   ways = users[parameter.name]
   if ways and all(
     one.op in SLICES and one.operands[0] == parameter.name for one in ways
   ):
-    return min(whole, sum(collectives.size(one.shape) for one in ways))
+    return min(whole, sum(hlo.size(one.shape) for one in ways))
   return whole
 
 
@@ -344,7 +270,7 @@ def product(line: Line, lines: dict[str, Line]) -> Product:
   """A `dot` of a program; axes are put into the order of memory."""
   shapes, orders, kinds = [], [], []
   for name in line.operands[:2]:
-    kind, sizes, layout = _ARRAY.search(lines[name].shape).groups()
+    kind, sizes, layout = hlo.ARRAY.search(lines[name].shape).groups()
     shape = [int(n) for n in sizes.split(",") if n]
     order = [int(n) for n in (layout or "").split(",") if n][::-1]
     order = order or list(range(len(shape)))
@@ -375,11 +301,11 @@ def _axes(line: Line, what: str) -> list[int]:
 
 def _convolution(line: Line, lines: dict[str, Line]) -> float:
   """FLOPs; a kernel's share of output features comes from its labels."""
-  kernel = _ARRAY.search(lines[line.operands[1]].shape)[2].split(",")
+  kernel = hlo.ARRAY.search(lines[line.operands[1]].shape)[2].split(",")
   labels = re.search(r"dim_labels=\w+_(\w+)->", line.rest)[1]
   features = int(kernel[labels.index("o")])
   window = math.prod(map(int, kernel))
-  return 2.0 * elements(line.shape) * window / features
+  return 2.0 * hlo.elements(line.shape) * window / features
 
 
 # ------------------------------------------------------------------- network
@@ -409,49 +335,18 @@ def transfers(compiled: Any, mesh: Mapping[str, int]) -> list[Transfer]:
     compiled: of `jax.stages.Lowered.compile`, or its text.
     mesh: axis -> devices; the last one's are next to each other.
   """
-  text = compiled if isinstance(compiled, str) else compiled.as_text()
-  text = re.sub(r"/\*.*?\*/", "", text)
-  program, entry = computations(text)
+  program = hlo.read(compiled)
   sums: dict[tuple[str, tuple[int, ...]], float] = collections.Counter()
-  for name, times in _turns(program, entry).items():
-    for line in program[name].values():
-      kind = line.op.removesuffix("-start")
-      if kind in collectives.SHARES:
-        group = _group(line, math.prod(mesh.values()))
-        half = kind in collectives.PAIRED and kind != line.op
-        count = collectives.size(line.shape, half=half)
-        one = collectives.Collective(kind, count, len(group), times)
-        sums[kind, group] += one.sent_bytes
+  for name, times in _turns(program).items():
+    for line in program.computations[name].values():
+      one = collectives.of_line(line, program, times)
+      if one:
+        sums[one.kind, program.group(line)] += one.sent_bytes
   found = [
     Transfer(kind, _axes_of(group, mesh), group, sent)
     for (kind, group), sent in sums.items()
   ]
   return sorted(found, key=lambda one: -one.sent_bytes)
-
-
-def _group(line: Line, total: int) -> tuple[int, ...]:
-  """Positions of the first group of devices."""
-  listed = re.search(r"(?:groups|pairs)=\{\{([\d,]+)\}", line.rest)
-  if listed:
-    return tuple(map(int, listed[1].split(",")))
-  ranged = re.search(
-    r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?",
-    line.rest,
-  )
-  if ranged:
-    sizes = [int(n) for n in ranged[3].split(",")]
-    grid = np.arange(math.prod(sizes)).reshape(sizes)
-    if ranged[4]:
-      grid = grid.transpose([int(n) for n in ranged[4].split(",")])
-    return tuple(map(int, grid.reshape(int(ranged[1]), -1)[0]))
-  named = re.search(r"replica_groups=mesh\[(.*?)\].*?\{([^}]*)\}", line.rest)
-  if named:
-    sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
-    grid = np.arange(total).reshape([int(n) for n in sizes.values()])
-    kept = re.findall(r"'(\w+)'", named[2])
-    first = tuple(slice(None) if axis in kept else 0 for axis in sizes)
-    return tuple(map(int, grid[first].reshape(-1)))
-  return tuple(range(total))
 
 
 def _axes_of(group: tuple[int, ...], mesh: Mapping[str, int]) -> str:

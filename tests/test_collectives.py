@@ -29,7 +29,7 @@ def test_groups_loops_and_pairs():
     Collective("all-gather", 64, 4, 3),
     Collective("all-reduce", 24, 2, 1),
     Collective("all-gather", 128, 8, 1),
-    Collective("collective-permute", 16, 8, 1),
+    Collective("collective-permute", 16, 2, 1),
   ]
   assert collectives.traffic(MESH) == {
     "all-gather": 3 * 48 + 112,
