@@ -1,11 +1,12 @@
 """How fast devices are: data sheets with a model of how much of them is had, or
 this machine's core, measured now.
 
-A data sheet's device: the model is section by section that of `Published`; its
-shares are arithmetic from the sizes of ViTs, one measurement of large products
-and copies on an H100, and nobody has measured the steps that it predicts.
+A data sheet's device: `Published` has its figures, `published_seconds` is the
+model. The shares of the figures that a step reaches (SHARES to ADAM_BYTES) come
+from the sizes of ViTs and one measurement of large products and copies on an
+H100; nobody has measured the steps that are predicted.
 
-A CPU: `measure` times the products that a program does, each with its own
+A CPU: `Meter` times the products that a program does, each with its own
 shapes, and one kernel each for memory, arithmetic, exponentials and layout. The
 sum over a program's kernels is the prediction.
 """
