@@ -33,8 +33,10 @@ import os
 import pathlib
 import shlex
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from multiprocessing import connection
 from typing import Any
 
 from avjax import bench_configs, commands, errors, speed_rows, speed_tables
@@ -439,6 +441,7 @@ def apart(function: Callable[..., Any], *args: Any) -> Any:
 
 
 def _tell(pipe: Any, function: Callable[..., Any], args: Any) -> None:
+  threading.Thread(target=_end_with_parent, daemon=True).start()
   try:
     pipe.send(("", function(*args)))
   except InputError as error:
@@ -447,3 +450,9 @@ def _tell(pipe: Any, function: Callable[..., Any], args: Any) -> None:
     words = (str(error).splitlines() or [""])[0]
     with contextlib.suppress(BrokenPipeError):  # nobody waits any more
       pipe.send((f"{type(error).__name__}: {words}", None))
+
+
+def _end_with_parent() -> None:
+  """Ends this process when the one that waits for it is killed."""
+  connection.wait([multiprocessing.parent_process().sentinel])
+  os._exit(1)

@@ -269,6 +269,14 @@ def stop_at(process, workdir, step, number=signal.SIGTERM, timeout=240):
   return process.wait(timeout=60)
 
 
+def wait_until(condition, timeout):
+  """Returns once `condition()` holds, which must be within so many seconds."""
+  until = time.time() + timeout
+  while not condition():
+    assert time.time() < until, f"not within {timeout} s"
+    time.sleep(0.02)
+
+
 def two_processes(code, folder):
   """Runs Python code in two processes of two devices, which must both succeed.
 

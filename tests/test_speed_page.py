@@ -4,6 +4,9 @@ import contextlib
 import json
 import math
 import os
+import pathlib
+import subprocess
+import sys
 import types
 
 import jax
@@ -254,6 +257,26 @@ def test_a_process_of_its_own():
     speed_page.apart(math.sqrt, -1.0)
   with pytest.raises(InputError, match="status 7"):
     speed_page.apart(os._exit, 7)
+
+
+def test_a_process_ends_with_the_one_that_waits(tmp_path):
+  """Else a stopped page would go on measuring."""
+  path = tmp_path / "pid"
+  words = ["sh", "-c", 'echo $PPID > "$0.part" && mv "$0.part" "$0"; sleep 20']
+  parent = subprocess.Popen(
+    [sys.executable, "-c", "import subprocess, sys; "
+     "from avjax import speed_page; "
+     "speed_page.apart(subprocess.run, sys.argv[1:])", *words, str(path)],
+    cwd=runs.ROOT,
+  )  # fmt: skip
+  runs.wait_until(path.exists, 60)
+  status = pathlib.Path("/proc") / path.read_text().strip() / "status"
+  assert "Z (zombie)" not in status.read_text()
+  parent.terminate()
+  parent.wait()
+  runs.wait_until(
+    lambda: not status.exists() or "Z (zombie)" in status.read_text(), 20
+  )
 
 
 # ------------------------------------------------------------ what is measured
