@@ -11,7 +11,7 @@ import jax
 import numpy as np
 import pytest
 
-from avjax import collectives, experiment, flops, trees
+from avjax import collectives, experiment, flops, hlo, step_cost, trees
 from tests import runs
 
 # A config of each method, and arguments of its model where matrices weigh.
@@ -280,18 +280,12 @@ def test_devices_hold_their_share(step, name):
 
 def products(program, inside=""):
   """FLOPs of a device's matrix products; `inside`: a part of their names."""
-  text = re.sub(r"/\*.*?\*/", "", program.as_text())
-  shapes = dict(re.findall(r"%?([\w.\-]+) = \w+\[([\d,]*)\]", text))
-  dims = lambda text: [int(n) for n in text.split(",") if n]  # noqa: E731
-  count = 0
-  for line in text.splitlines():
-    dot = re.search(r"= \w+\[([\d,]*)\]\S* dot\(%?([\w.\-]+)", line)
-    if dot and re.search(inside, line):
-      axes = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", line)[1]
-      left = dims(shapes[dot[2]])
-      inner = math.prod(left[axis] for axis in dims(axes))
-      count += 2 * inner * math.prod(dims(dot[1]))
-  return count
+  return sum(
+    step_cost.product(line, lines).flops
+    for lines in hlo.read(program).computations.values()
+    for line in lines.values()
+    if line.op == "dot" and re.search(inside, line.rest)
+  )
 
 
 @pytest.mark.parametrize("name", METHODS)
