@@ -15,8 +15,10 @@ python -m avjax.plan --config=configs/cavmae_audioset.py --device=cpu
     --batch_size=4 --check --pin
 
 The program is that of JAX's compiler for CPUs. Others place the same
-collectives, except that gradients of parameters that are split (fsdp) are
-reduced and scattered there, half the bytes of the sum here.
+collectives, with two exceptions, which make a plan too careful: gradients of
+parameters that are split (fsdp) are reduced and scattered there, half the bytes
+of the sum here; and what several passes, or several parts of a batch
+(accumulate, grad_cache), add to a gradient is summed first and sent once.
 """
 
 import contextlib
