@@ -6,9 +6,9 @@ model. The shares of the figures that a step reaches (SHARES to ADAM_BYTES) come
 from the sizes of ViTs and one measurement of large products and copies on an
 H100; nobody has measured the steps that are predicted.
 
-A CPU: `Meter` times the products that a program does, each with its own
-shapes, and one kernel each for memory, arithmetic, exponentials and layout. The
-sum over a program's kernels is the prediction.
+A CPU: `Meter` times the products and convolutions that a program does, each
+with its own shapes, and one kernel each for memory, arithmetic, exponentials
+and layout. The sum over a program's kernels is the prediction.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from avjax.errors import lookup
-from avjax.step_cost import Kernel, Product
+from avjax.step_cost import Convolution, Kernel, Product
 
 GB = 1e9
 # Of memory: the rest is the runtime's and what lies between arrays.
@@ -142,7 +142,8 @@ def published_seconds(
   peak = device.peak[dtype]
   products, results = 0.0, 0.0
   for kernel in kernels:
-    products += kernel.times * kernel.flops / (peak * SHARES[0])
+    for one in kernel.convolutions:
+      products += kernel.times * one.flops / (peak * SHARES[0])
     for product in kernel.products:
       products += kernel.times * product.flops / (peak * share(product))
       many, rows, _, columns = product.sizes
@@ -194,7 +195,7 @@ class Measured:
   """Rates of one core; seconds are CPU seconds, the least of all rounds.
 
   Attributes:
-    products: seconds of each.
+    products: seconds of each product and convolution.
     plain: bytes/s of sums of arrays, by SIZES.
     moving: bytes/s where the layout changes.
     operations: of single numbers a second, in the cache.
@@ -203,7 +204,7 @@ class Measured:
     kernel: seconds to start one.
   """
 
-  products: dict[Product, float]
+  products: dict[Product | Convolution, float]
   plain: list[float]
   moving: float
   operations: float
@@ -219,11 +220,9 @@ class Measured:
       fresh: bytes that it takes from the system in each step.
     """
     products, other = 0.0, fresh * self.fresh
-    best = max((p.flops / s for p, s in self.products.items()), default=1e11)
     for kernel in kernels:
-      of_products = sum(self.products[p] for p in kernel.products)
-      of_products += kernel.flops / best
-      products += kernel.times * of_products
+      parts = (*kernel.products, *kernel.convolutions)
+      products += kernel.times * sum(self.products[part] for part in parts)
       other += kernel.times * self._other(kernel)
     return Seconds(products, other)
 
@@ -231,7 +230,7 @@ class Measured:
     """Of all but the products."""
     arithmetic = kernel.operations / self.operations
     arithmetic += kernel.transcendentals / self.transcendentals
-    if kernel.products or kernel.flops:
+    if kernel.products or kernel.convolutions:
       return self.kernel + arithmetic
     rate = float(
       np.interp(math.log(kernel.bytes + 1), np.log(SIZES), self.plain)
@@ -255,8 +254,12 @@ class Meter:
     clock: Callable[[], float] = time.process_time,
   ):
     self._clock, self._kernels = clock, list(kernels)
-    wanted = {p: None for kernel in self._kernels for p in kernel.products}
-    self._products = {product: _product(product) for product in wanted}
+    wanted = {
+      part: None
+      for kernel in self._kernels
+      for part in (*kernel.products, *kernel.convolutions)
+    }
+    self._products = {part: _product(part) for part in wanted}
     self._probes = _probes()
     self._turns: dict[Any, int] = {}
     self._rounds: list[Measured] = []
@@ -324,13 +327,31 @@ def _looped(body: Callable[..., Any], *values: Any) -> Callable[[int], Any]:
   return lambda count: jax.block_until_ready(run(count, *values))
 
 
-def _product(product: Product) -> Callable[[int], Any]:
+def function(product: Product | Convolution) -> Callable[..., Any]:
+  """A function (anything, left, right) that does it."""
+  import jax
+
+  def body(_: Any, left: Any, right: Any) -> Any:
+    if isinstance(product, Product):
+      return jax.lax.dot_general(left, right, product.dimensions)
+    return jax.lax.conv_general_dilated(
+      left,
+      right,
+      product.strides,
+      product.padding,
+      *product.dilations,
+      jax.lax.ConvDimensionNumbers(*product.axes),
+      *product.groups,
+    )
+
+  return body
+
+
+def _product(product: Product | Convolution) -> Callable[[int], Any]:
   import jax
   import jax.numpy as jnp
 
-  def body(_: Any, left: Any, right: Any) -> Any:
-    return jax.lax.dot_general(left, right, product.dimensions)
-
+  body = function(product)
   # Not zeros: products of nothing might be cheap.
   left = jnp.full(product.left, 0.5, product.dtype)
   right = jnp.full(product.right, 0.5, product.dtype)

@@ -231,9 +231,7 @@ def assemble(
     batch_size=program.clips, clips=clips_of(config.data, clips),
     total_steps=setup.total_steps, memory=needed, capacity=capacity,
     traffic=traffic, flops=program.flops,
-    device_flops=sum(
-      k.times * sum(p.flops for p in k.products) for k in kernels
-    ),
+    device_flops=sum(kernel.flops for kernel in kernels),
     products_s=seconds.products, other_s=seconds.other,
     network_s=sum(t[3] or 0.0 for t in traffic) if known else None,
     clips_per_core=clips_per_core(config), cores=cores, peak=peak,

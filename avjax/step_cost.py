@@ -77,6 +77,48 @@ class Product:
 
 
 @dataclasses.dataclass(frozen=True)
+class Convolution:
+  """A convolution, as `jax.lax.conv_general_dilated` takes it.
+
+  Attributes:
+    dtype: of the operands, as numpy names it.
+    left: shape.
+    right: shape of the kernel.
+    result: shape.
+    strides: of the window, by spatial axis.
+    padding: before and after, likewise.
+    dilations: of the left side and of the kernel, likewise.
+    labels: axes of left, right and result, such as b01f, 01io and b01f.
+    groups: of features and of the batch.
+  """
+
+  dtype: str
+  left: tuple[int, ...]
+  right: tuple[int, ...]
+  result: tuple[int, ...]
+  strides: tuple[int, ...]
+  padding: tuple[tuple[int, int], ...]
+  dilations: tuple[tuple[int, ...], tuple[int, ...]]
+  labels: tuple[str, str, str]
+  groups: tuple[int, int]
+
+  @property
+  def flops(self) -> int:
+    """A multiply-add is two; padding and holes count."""
+    features = self.right[self.labels[1].index("o")]
+    return 2 * math.prod(self.result) * math.prod(self.right) // features
+
+  @property
+  def axes(self) -> tuple[tuple[int, ...], ...]:
+    """Of left, right and result in lax's order: b f, o i, b f, then space."""
+    space = range(len(self.strides))
+    return tuple(
+      tuple(label.index(x) for x in (*first, *map(str, space)))
+      for label, first in zip(self.labels, ("bf", "oi", "bf"), strict=True)
+    )
+
+
+@dataclasses.dataclass(frozen=True)
 class Kernel:
   """What one instruction does each time.
 
@@ -88,8 +130,8 @@ class Kernel:
     bytes: read and written.
     operations: on single numbers, products apart.
     transcendentals: exponentials and the like, not among `operations`.
-    products: with how often each is done.
-    flops: of convolutions.
+    products: that it does.
+    convolutions: likewise.
   """
 
   name: str
@@ -99,7 +141,13 @@ class Kernel:
   operations: float = 0.0
   transcendentals: float = 0.0
   products: tuple[Product, ...] = ()
-  flops: float = 0.0
+  convolutions: tuple[Convolution, ...] = ()
+
+  @property
+  def flops(self) -> int:
+    """Of its products and convolutions, all times together."""
+    parts = (*self.products, *self.convolutions)
+    return self.times * sum(part.flops for part in parts)
 
 
 def kernels(compiled: Any) -> list[Kernel]:
@@ -159,12 +207,10 @@ def _kernel(
   products = tuple(
     product(one, places) for one in body.values() if one.op == "dot"
   )
-  convolved = sum(
-    _convolution(one, places)
-    for one in body.values()
-    if one.op == "convolution"
+  convolutions = tuple(
+    convolution(one, places) for one in body.values() if one.op == "convolution"
   )
-  kind = _kind(body, bool(products), bool(convolved))
+  kind = _kind(body)
   return Kernel(
     line.name,
     kind,
@@ -173,7 +219,7 @@ def _kernel(
     operations,
     transcendentals,
     products,
-    convolved,
+    convolutions,
   )
 
 
@@ -186,11 +232,11 @@ def _inside(
   return program[hlo.CALLED.search(line.rest)[1]]
 
 
-def _kind(body: dict[str, Line], products: bool, convolved: bool) -> str:
+def _kind(body: dict[str, Line]) -> str:
   ops = {line.op for line in body.values()}
-  if products:
+  if "dot" in ops:
     return "product"
-  if convolved:
+  if "convolution" in ops:
     return "convolution"
   if any(op.removesuffix("-start") in collectives.SHARES for op in ops):
     return "collective"
@@ -299,13 +345,35 @@ def _axes(line: Line, what: str) -> list[int]:
   return [int(n) for n in found[1].split(",") if n] if found else []
 
 
-def _convolution(line: Line, lines: dict[str, Line]) -> float:
-  """FLOPs; a kernel's share of output features comes from its labels."""
-  kernel = hlo.ARRAY.search(lines[line.operands[1]].shape)[2].split(",")
-  labels = re.search(r"dim_labels=\w+_(\w+)->", line.rest)[1]
-  features = int(kernel[labels.index("o")])
-  window = math.prod(map(int, kernel))
-  return 2.0 * hlo.elements(line.shape) * window / features
+def convolution(line: Line, lines: dict[str, Line]) -> Convolution:
+  """A `convolution` of a program."""
+  found = [hlo.ARRAY.search(lines[name].shape) for name in line.operands[:2]]
+  found.append(hlo.ARRAY.search(line.shape))
+  shapes = [tuple(int(n) for n in one[2].split(",") if n) for one in found]
+  words = re.search(r"window=\{(.*?)\}", line.rest)
+  window = dict(re.findall(r"(\w+)=(\S+)", words[1] if words else ""))
+  labels = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", line.rest).groups()
+  space = len(labels[0]) - 2
+
+  def numbers(word: str, default: int) -> tuple[int, ...]:
+    return tuple(map(int, window[word].split("x"))) if word in window else (
+      (default,) * space
+    )  # fmt: skip
+
+  def count(word: str) -> int:
+    said = re.search(rf"{word}_group_count=(\d+)", line.rest)
+    return int(said[1]) if said else 1
+
+  padding = window.get("pad", "x".join(["0_0"] * space)).split("x")
+  return Convolution(
+    DTYPES[found[0][1]],
+    *shapes,
+    numbers("stride", 1),
+    tuple((int(a), int(b)) for a, b in (p.split("_") for p in padding if p)),
+    (numbers("lhs_dilate", 1), numbers("rhs_dilate", 1)),
+    labels,
+    (count("feature"), count("batch")),
+  )
 
 
 # ------------------------------------------------------------------- network

@@ -17,6 +17,7 @@ from avjax import (
   benchmark,
   collectives,
   device_rates,
+  flops,
   memory,
   plan,
   plan_report,
@@ -241,6 +242,34 @@ def test_loops_layouts_and_groups():
   (sent,) = step_cost.transfers(LOOP, {"data": 2, "fsdp": 2})
   assert (sent.axes, sent.devices) == ("data", (0, 2))
   assert sent.sent_bytes == 3 * 64
+
+
+@pytest.mark.parametrize("groups", [1, 8])
+def test_convolutions_are_those_of_the_program(groups):
+  """Read from the program of one, and of its gradients, and made again."""
+
+  def f(x, w):
+    return jax.lax.conv_general_dilated(
+      x, w, (2, 1), ((1, 2), (3, 3)), feature_group_count=groups,
+      dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )  # fmt: skip
+
+  shapes = ((2, 9, 12, 8), (3, 7, 8 // groups, 16))
+  x, w = (jax.ShapeDtypeStruct(shape, "float32") for shape in shapes)
+  kernels = step_cost.kernels(jax.jit(f).lower(x, w).compile())
+  (found,) = [one for kernel in kernels for one in kernel.convolutions]
+  assert found.result == jax.eval_shape(f, x, w).shape
+  assert sum(k.flops for k in kernels) == flops.count(f, x, w)
+  loss = jax.grad(lambda x, w: (f(x, w) ** 2).sum(), (0, 1))
+  kernels = step_cost.kernels(jax.jit(loss).lower(x, w).compile())
+  found = [one for kernel in kernels for one in kernel.convolutions]
+  assert len(found) == 3
+  for one in found:
+    again = device_rates.function(one)
+    made = jax.eval_shape(again, None, *(
+      jax.ShapeDtypeStruct(shape, one.dtype) for shape in (one.left, one.right)
+    ))  # fmt: skip
+    assert made.shape == one.result
 
 
 def test_flags_that_do_not_go_together():
