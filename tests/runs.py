@@ -156,6 +156,8 @@ def shrink(config, **overrides):
   for section in config.evals.values():
     section.every_epochs, section.batch_size, section.limit = 0.0, 8, 8
     section.views = min(section.views, 2)
+    if "pictures" in section:
+      section.pictures = min(section.pictures, 1)
   for key, value in overrides.items():
     place = config
     *path, last = key.split("__")
