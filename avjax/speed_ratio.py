@@ -28,6 +28,7 @@ import functools
 import json
 import math
 import os
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -403,9 +404,11 @@ def main(argv: list[str]) -> None:
   if device == "cpu":
     torch_standin.torch.set_num_threads(1)
   repeats = values.repeats or REPEATS.get(device, REPEATS_ELSEWHERE)
-  rows = [
-    measure(name, values.batch_size, repeats, values.depth) for name in names
-  ]
+  rows = []
+  for number, name in enumerate(names, 1):
+    rows.append(measure(name, values.batch_size, repeats, values.depth))
+    found = f"[{number}/{len(names)}] {name}: ratio {rows[-1].ratio:.2f}"
+    print(found, file=sys.stderr, flush=True)
   kind = "float32, least" if device == "cpu" else "bfloat16, median"
   peaks = max(r.ours_peak for r in rows), max(r.theirs_peak for r in rows)
   title = (
