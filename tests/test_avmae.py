@@ -13,8 +13,8 @@ import optax
 import pytest
 from flax import traverse_util
 
+from avjax import collectives, losses
 from avjax import config as config_lib
-from avjax import losses
 from avjax.errors import InputError
 from avjax.methods import avmae
 from avjax.nn import tokenizers, transformer
@@ -418,21 +418,33 @@ def test_missing_modality_does_not_count():
     np.testing.assert_allclose(metrics[f"loss_{m}"], alone, rtol=1e-6)
 
 
-def test_draws_follow_the_example():
-  method, params = make(), weights("mae/mid_dshared")
+def test_draws_follow_the_example_and_not_the_devices():
+  method, params = make(drop_path=0.5), weights("mae/mid_dshared")
+
+  def losses_and_masks(params, inputs, rng):
+    total, aux = method.loss(params, inputs, rng, jnp.int32(0))
+    masks = {m: aux["intermediates"][f"removed/{m}"] for m in NAMES}
+    return total, masks
 
   rng, inputs = jax.random.key(3), drawn()
-
-  def masks_of(params):
-    _, aux = method.loss(params, inputs, rng, jnp.int32(0))
-    return {m: aux["intermediates"][f"removed/{m}"] for m in NAMES}
-
-  masks = jax.jit(masks_of)(params)
+  one, masks = jax.jit(losses_and_masks)(params, inputs, rng)
   assert {m: int(x.sum()) for m, x in masks.items()} == {
     "video": 8 * 5,
     "audio": 8 * 5,
   }
   assert len({tuple(row.tolist()) for row in np.asarray(masks["audio"])}) > 4
+  mesh = jax.make_mesh(
+    (8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
+  )
+  place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+  spread = jax.device_put(inputs, place)
+  compiled = jax.jit(losses_and_masks).lower(params, spread, rng).compile()
+  eight, spread_masks = compiled(params, spread, rng)
+  np.testing.assert_allclose(one, eight, rtol=1e-5)
+  jax.tree.map(np.testing.assert_array_equal, masks, spread_masks)
+  # Only sums of the loss cross devices: neither tokens nor masks do.
+  kinds = {"all-reduce", "reduce-scatter"}
+  assert {one.kind for one in collectives.find(compiled)} <= kinds
   # Alone, an example keeps its mask.
   last = {k: v[7:] for k, v in inputs.items()}
   ids, _ = method.draw(last, method.patches(last), rng)

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from avjax import collectives, experiment, losses, methods, parallel, trees
 from avjax import config as config_lib
-from avjax import experiment, losses, methods, parallel, trees
 from avjax.errors import InputError
 from avjax.methods import avsiam as method_lib
 from avjax.methods import avsiam_config
@@ -212,7 +212,29 @@ def test_padding_of_keys_changes_nothing():
       np.testing.assert_allclose(out[i, :n], alone[0], atol=1e-6)
 
 
-# --- Compilations, numbers ---------------------------------------------------
+# --- Devices, compilations, numbers ------------------------------------------
+
+
+def test_loss_does_not_depend_on_the_devices():
+  params, inputs = params_of(), partial_inputs(24)
+  function = made.gradient(small())
+  (one, metrics), grads = function(params, inputs)
+  mesh = jax.make_mesh(
+    (8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
+  )
+  place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+  spread = jax.device_put(inputs, place)
+  compiled = function.lower(params, spread).compile()
+  (eight, spread_metrics), spread_grads = compiled(params, spread)
+  np.testing.assert_allclose(one, eight, rtol=1e-5)
+  close(metrics, spread_metrics, rtol=1e-5)
+  close(grads, spread_grads, rtol=1e-3, atol=1e-5)
+  # The contrastive loss gathers one vector an example, and who counts.
+  moved = collectives.find(compiled)
+  sizes = [x.result_bytes for x in moved if x.kind == "all-gather"]
+  assert max(sizes) == 4 * 24 * 16 and sum(sizes) <= 4 * (24 * 16 + 24)
+  kinds = {"all-gather", "all-reduce", "reduce-scatter"}
+  assert {one.kind for one in moved} <= kinds
 
 
 def test_one_program_for_all_draws():

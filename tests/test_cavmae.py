@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from avjax import collectives, losses, optim, trees
 from avjax import config as config_lib
-from avjax import losses, optim, trees
 from avjax.errors import InputError
 from avjax.methods import cavmae as method_lib
 from avjax.nn import cav_encoder, masking, transformer
@@ -304,6 +304,30 @@ def test_first_values():
   assert 0.7 / 16 < np.abs(bias).max() <= 1 / 16
   assert 0.01 < values["mask_token"].std() < 0.03
   assert np.array_equal(values["positions_audio"], sincos_2d((2, 4), 16))
+
+
+def test_loss_does_not_depend_on_the_devices():
+  params, inputs = small_params(), partial_inputs()
+  function = made.gradient(small())
+  (one, metrics), grads = function(params, inputs)
+  mesh = jax.make_mesh(
+    (8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
+  )
+  place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+  spread = jax.device_put(inputs, place)
+  compiled = function.lower(params, spread).compile()
+  (eight, spread_metrics), spread_grads = compiled(params, spread)
+  np.testing.assert_allclose(one, eight, rtol=1e-5)
+  for name, value in metrics.items():
+    np.testing.assert_allclose(value, spread_metrics[name], rtol=1e-5)
+  for a, b in zip(*map(jax.tree.leaves, (grads, spread_grads)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5)
+  # The sounds' vectors are gathered, and who counts; tokens stay put.
+  moved = collectives.find(compiled)
+  sizes = [x.result_bytes for x in moved if x.kind == "all-gather"]
+  assert max(sizes) == 4 * 8 * 16 and sum(sizes) <= 4 * (8 * 16 + 8)
+  kinds = {"all-gather", "all-reduce", "reduce-scatter"}
+  assert {one.kind for one in moved} <= kinds
 
 
 @pytest.mark.parametrize(

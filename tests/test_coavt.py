@@ -94,6 +94,22 @@ def test_parts_of_the_loss():
   }
 
 
+def test_loss_does_not_depend_on_the_devices():
+  """Contrast and negatives are the global batch's, draws each example's."""
+  (one, metrics), grads = gradient(method())(params(), inputs())
+  mesh = jax.make_mesh(
+    (8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
+  )
+  place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+  spread = jax.device_put(inputs(), place)
+  (eight, others), spread_grads = gradient(method())(params(), spread)
+  np.testing.assert_allclose(one, eight, rtol=1e-5)
+  for name, value in metrics.items():
+    np.testing.assert_allclose(value, others[name], rtol=1e-4, err_msg=name)
+  for a, b in zip(*map(jax.tree.leaves, (grads, spread_grads)), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
+
+
 def test_what_is_missing_counts_in_no_pair():
   """No sound: not in a and av. No text: in none. Padding: in none."""
   given = inputs()

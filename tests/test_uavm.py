@@ -245,15 +245,31 @@ def test_zero_gradients_let_everything_move():
 # --- Training ----------------------------------------------------------------
 
 
-def test_the_other_modality_gets_no_gradient():
-  method = small()
-  loss = functools.partial(
-    method.loss, inputs=small_inputs(), rng=key_of(method, True), step=STEP
-  )
-  grads, aux = jax.jit(jax.grad(loss, has_aux=True))(small_params())
-  assert aux["trainable"] == {"audio": True, "video": False}
-  assert not grads["embed_video"]["out"]["kernel"].any()
-  assert grads["embed_audio"]["out"]["kernel"].any()
+def test_eight_devices_train_as_one():
+  method, params, found = small(), small_params(), []
+  inputs = dict(small_inputs())
+  inputs["has_audio"] = jnp.arange(8) != 3
+  rng = key_of(method, True)
+
+  @jax.jit
+  def grad(params, inputs):
+    loss = functools.partial(method.loss, inputs=inputs, rng=rng, step=STEP)
+    (value, aux), grads = jax.value_and_grad(loss, has_aux=True)(params)
+    return value, grads, aux["trainable"]
+
+  for devices in (1, 8):
+    mesh = jax.make_mesh(
+      (devices,), ("data",), (jax.sharding.AxisType.Auto,),
+      devices=jax.devices()[:devices],
+    )  # fmt: skip
+    spec = jax.sharding.PartitionSpec("data")
+    place = jax.sharding.NamedSharding(mesh, spec)
+    found.append(jax.device_get(grad(params, jax.device_put(inputs, place))))
+  for a, b in zip(*map(jax.tree.leaves, found), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
+  assert found[0][2] == {"audio": True, "video": False}
+  assert not found[0][1]["embed_video"]["out"]["kernel"].any()
+  assert found[0][1]["embed_audio"]["out"]["kernel"].any()
 
 
 def test_a_step_computes_one_modality():
