@@ -13,7 +13,7 @@ from tests import runs
 
 # Measured on one core of an AMD EPYC (Zen 4).
 MEASURED = {"cavmae": 0.92, "stack": 0.98}
-LEAST = 0.80  # of what the products allow
+LEAST = 0.80  # whatever the processor
 
 
 def measured(folder):
@@ -32,8 +32,8 @@ def measured(folder):
 
 def test_no_slower_than_pytorch(tmp_path):
   for row in measured(tmp_path):
-    # Where PyTorch's products are faster than XLA's, as on Intel's processors
-    # (0.70 to 0.74 of MKL's rate on a Xeon), no step can be as fast beside it.
+    # Where PyTorch's products are faster than XLA's, as on Intel's processors,
+    # no step can be as fast beside it.
     products = min(1.0, row["ours_peak"] / row["theirs_peak"])
-    floor = products * max(LEAST, 0.85 * MEASURED[row["system"]])
+    floor = max(LEAST, 0.85 * MEASURED[row["system"]] * products)
     assert row["ratio"] >= floor, row
