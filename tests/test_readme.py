@@ -70,10 +70,10 @@ EXPECTED = {
   "python -m avjax.benchmark --config=configs/cavmae_audioset.py": Expected(
     ("remat_full", "--repeats=1", *SMALL_CAV), words=("| `remat_full` |",)
   ),
-  # Of true width; tests/test_speed.py has a whole step, too.
+  # Of true width; two blocks a stack.
   "python -m avjax.speed_ratio": Expected(
-    ("stack", "--depth=1", "--batch_size=1", "--repeats=1"),
-    words=("| stack |",),
+    ("--depth=2", "--repeats=1"),
+    words=("| cavmae |", "| avsiam |", "| stack |"),
   ),
   "python -m avjax.plan": Expected(
     tuple(SMALL), words=("| all-reduce over data |", "limit: ")
