@@ -96,8 +96,7 @@ PAGE = {
   ),
   # Each step draws what it reads; the dearest, of both, is measured.
   "avsiam_vgg_finetune": _steps(
-    "avsiam_vgg_finetune", "AVSiam-B fine-tuning, a step of both", 2,
-    cpu_repeats=3,
+    "avsiam_vgg_finetune", "AVSiam-B fine-tuning, a step of both", 2
   ),
   "coavt_audioset": _steps("coavt_audioset", "CoAVT pretraining", 2),
   "coavt_vgg_finetune": _steps(
