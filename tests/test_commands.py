@@ -2,10 +2,13 @@
 
 import os
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
 from avjax import commands
+from tests import runs
 
 KEYS = ("JAX_COMPILATION_CACHE_DIR", "JAX_COMPILATION_CACHE_MAX_SIZE")
 
@@ -43,3 +46,38 @@ def test_without_a_place_nothing_is_kept(home, monkeypatch):
   monkeypatch.setenv("XDG_CACHE_HOME", str(home / "file"))
   commands.keep_compiled()
   assert not any(key in os.environ for key in KEYS)
+
+
+PROGRAM = """
+import resource
+from avjax import commands
+
+def main(argv):
+  import jax
+  import jax.numpy as jnp
+
+  run = jax.jit(lambda x: jnp.sum(jnp.sin(x) @ x))
+  x, faults = jnp.ones((2048, 2048)), []
+  for _ in range(4):
+    run(x).block_until_ready()
+    faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+  print("faults", faults[-1] - faults[-2])
+
+commands.run(main, cache=False)
+"""
+PAGES = 2048 * 2048 * 4 // 4096  # of one array
+
+
+def test_memory_of_a_program_is_kept_for_its_next_run(monkeypatch):
+  monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+  found = subprocess.run(
+    [sys.executable, "-c", PROGRAM],
+    cwd=runs.ROOT, check=True, capture_output=True, text=True,
+  )  # fmt: skip
+  assert int(found.stdout.split()[-1]) < PAGES / 10
+
+
+def test_memory_is_left_alone_beside_a_gpu(monkeypatch):
+  monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+  monkeypatch.setattr(commands.glob, "glob", lambda pattern: [pattern])
+  assert not commands.keep_memory()
