@@ -200,7 +200,8 @@ class Measured:
     moving: bytes/s where the layout changes.
     operations: of single numbers a second, in the cache.
     transcendentals: exponentials a second.
-    fresh: seconds a byte of memory that is touched for the first time.
+    fresh: seconds a byte that memory from the system costs beyond its use;
+      none where the process keeps what it frees.
     kernel: seconds to start one.
   """
 
@@ -278,7 +279,7 @@ class Meter:
         rates["moving"],
         rates["operations"],
         rates["transcendentals"],
-        1 / rates["fresh"],
+        max(0.0, 1 / rates["fresh"] - 1 / rates["filled"]),
         1 / rates["kernel"],
       )
     )
@@ -391,6 +392,8 @@ def _probes() -> dict[str, tuple[float, Callable[[int], Any]]]:
     float(size),
     lambda n: [np.empty(size, np.uint8).fill(1) for _ in range(n)],
   )
+  held = np.empty(size, np.uint8)
+  found["filled"] = float(size), lambda n: [held.fill(1) for _ in range(n)]
   return found
 
 
