@@ -52,7 +52,8 @@ def test_no_slower_than_pytorch(tmp_path):
   for row in rows:
     known = MEASURED.get(vendor(), {}).get(row["system"], 0)
     assert row["ratio"] >= 0.85 * known, row
-  ratios = {row["system"]: round(row["ratio"], 2) for row in rows}
-  if min(ratios.values()) < FLOOR and vendor() in MISSED:
-    pytest.xfail(f"floor {FLOOR} beside PyTorch on {vendor()}: {ratios}")
-  assert min(ratios.values()) >= FLOOR, rows
+  missed = [row for row in rows if row["ratio"] < FLOOR]
+  if missed and vendor() in MISSED:
+    found = {row["system"]: round(row["ratio"], 3) for row in rows}
+    pytest.xfail(f"floor {FLOOR} beside PyTorch on {vendor()}: {found}")
+  assert not missed
