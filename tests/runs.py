@@ -313,3 +313,12 @@ def plain(config):
   from avjax import config as config_lib
 
   return config_lib.from_plain(config_lib.plain(config))
+
+
+def over_devices(inputs):
+  """A batch spread over all simulated devices, equally many examples each."""
+  mesh = jax.make_mesh(
+    (8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
+  )
+  place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
+  return jax.device_put(inputs, place)

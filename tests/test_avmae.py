@@ -19,7 +19,7 @@ from avjax.errors import InputError
 from avjax.methods import avmae
 from avjax.nn import tokenizers, transformer
 from avjax.weights import scenic
-from tests import golden
+from tests import golden, runs
 
 NAMES = {"video": "rgb", "audio": "spectrogram"}
 COUNTS = {"video": 8, "audio": 10}
@@ -433,11 +433,7 @@ def test_draws_follow_the_example_and_not_the_devices():
     "audio": 8 * 5,
   }
   assert len({tuple(row.tolist()) for row in np.asarray(masks["audio"])}) > 4
-  mesh = jax.make_mesh(
-    (8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
-  )
-  place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-  spread = jax.device_put(inputs, place)
+  spread = runs.over_devices(inputs)
   compiled = jax.jit(losses_and_masks).lower(params, spread, rng).compile()
   eight, spread_masks = compiled(params, spread, rng)
   np.testing.assert_allclose(one, eight, rtol=1e-5)

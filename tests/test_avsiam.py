@@ -14,6 +14,7 @@ from avjax.methods import avsiam as method_lib
 from avjax.methods import avsiam_config
 from avjax.nn import cav_encoder, masking, siam_encoder, transformer
 from tests import cavmae_golden as made
+from tests import runs
 
 MODALITIES = ("audio", "video")
 KEY, STEP = jax.random.key(0), jnp.int32(0)
@@ -219,11 +220,7 @@ def test_loss_does_not_depend_on_the_devices():
   params, inputs = params_of(), partial_inputs(24)
   function = made.gradient(small())
   (one, metrics), grads = function(params, inputs)
-  mesh = jax.make_mesh(
-    (8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
-  )
-  place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-  spread = jax.device_put(inputs, place)
+  spread = runs.over_devices(inputs)
   compiled = function.lower(params, spread).compile()
   (eight, spread_metrics), spread_grads = compiled(params, spread)
   np.testing.assert_allclose(one, eight, rtol=1e-5)

@@ -15,6 +15,7 @@ from avjax.nn import cav_encoder, masking, transformer
 from avjax.nn.positions import sincos_2d
 from avjax.weights import cavmae, transfer
 from tests import cavmae_golden as made
+from tests import runs
 from tests.cavmae_golden import GRAD_NORM, VALUES
 
 MODALITIES = ("audio", "video")
@@ -310,11 +311,7 @@ def test_loss_does_not_depend_on_the_devices():
   params, inputs = small_params(), partial_inputs()
   function = made.gradient(small())
   (one, metrics), grads = function(params, inputs)
-  mesh = jax.make_mesh(
-    (8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
-  )
-  place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-  spread = jax.device_put(inputs, place)
+  spread = runs.over_devices(inputs)
   compiled = function.lower(params, spread).compile()
   (eight, spread_metrics), spread_grads = compiled(params, spread)
   np.testing.assert_allclose(one, eight, rtol=1e-5)

@@ -14,7 +14,7 @@ from avjax.methods import coavt, coavt_config
 from avjax.methods import coavt_objectives as objectives
 from avjax.nn.bert import QueryEncoder
 from tests import cavmae_golden as cavmae
-from tests import qformer_golden
+from tests import qformer_golden, runs
 
 KEY, STEP = jax.random.key(0), jnp.int32(0)
 TEXT = {
@@ -97,11 +97,7 @@ def test_parts_of_the_loss():
 def test_loss_does_not_depend_on_the_devices():
   """Contrast and negatives are the global batch's, draws each example's."""
   (one, metrics), grads = gradient(method())(params(), inputs())
-  mesh = jax.make_mesh(
-    (8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
-  )
-  place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
-  spread = jax.device_put(inputs(), place)
+  spread = runs.over_devices(inputs())
   (eight, others), spread_grads = gradient(method())(params(), spread)
   np.testing.assert_allclose(one, eight, rtol=1e-5)
   for name, value in metrics.items():
