@@ -5,10 +5,14 @@ import os
 import subprocess
 import sys
 
-# Clips a second, one frame of ten and 10 s of sound: ours / theirs, the best of
-# 40 batches each, in turn. 85 % of 2.95, the median of five runs (2.85 to 3.01)
-# on a busy machine.
-FLOOR = 2.5
+import numpy as np
+
+from tests import runs
+
+# Clips a second, one frame of ten and 10 s of sound: ours / theirs, measured by
+# vendor: EPYC (Zen 4), Xeon (Cascade Lake: 2.57 to 2.73 in eleven runs). The
+# median of 80 pairs of batches; the least of each side went from 2.3 to 3.6.
+MEASURED = {"AuthenticAMD": 2.95, "GenuineIntel": 2.68}
 
 SCRIPT = """
 import io, json, os, pathlib, sys, tempfile, time
@@ -66,13 +70,13 @@ def theirs(step):
   pictures, waves = zip(*[clip(12 * step % 48 + k) for k in range(12)])
   return np.stack(pictures), np.stack(waves)
 
-times = {}
-for step in range(42):
+times = []
+for step in range(82):
   for loader in (ours, theirs):
     began = time.process_time()
     loader(step)
-    times.setdefault(loader, []).append(time.process_time() - began)
-print(json.dumps([min(times[ours][2:]) / 12, min(times[theirs][2:]) / 12]))
+    times.append(time.process_time() - began)
+print(json.dumps((12 / np.array(times[4:])).reshape(-1, 2).tolist()))
 """
 
 
@@ -85,8 +89,11 @@ def test_loader_beats_the_plain_one(tmp_path):
     text=True,
     check=True,
   )
-  ours, theirs = json.loads(run.stdout.splitlines()[-1])
-  assert theirs / ours > FLOOR, (
-    f"{1 / ours:.0f} clips/s against {1 / theirs:.0f} of a plain loader: "
-    f"{theirs / ours:.2f} times as many; the floor is {FLOOR}"
+  rates = np.array(json.loads(run.stdout.splitlines()[-1]))
+  ours, theirs = np.median(rates, axis=0)
+  ratio = np.median(rates[:, 0] / rates[:, 1])
+  known = MEASURED.get(runs.vendor(), max(MEASURED.values()))
+  assert ratio > 0.85 * known, (
+    f"{ours:.0f} clips/s against {theirs:.0f} of a plain loader: {ratio:.2f} "
+    f"times as many; measured were {known}"
   )
