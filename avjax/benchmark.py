@@ -27,6 +27,7 @@ again.
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import statistics
@@ -83,25 +84,16 @@ def timed(
 
 def peak_functions(dtype: str, device: str) -> list[tuple[int, Any]]:
   """(FLOPs, function) of the products that measure the peak."""
-  import jax
-  import jax.numpy as jnp
+  from avjax import device_rates
+  from avjax.step_cost import Product
 
   result = []
   for m, k, n in PEAK_SHAPES[: 3 if device == "cpu" else 4]:
-    left = jnp.ones((m, k), dtype)
-    right = jnp.ones((k, n), dtype)
-    # Several products in one call, so that the call itself costs nothing.
-    times = max(1, round(2e10 / (2 * m * k * n)))
-    chain = jax.jit(
-      lambda a, b, times=times: jax.lax.fori_loop(
-        0, times, lambda i, s: s + (a + i.astype(a.dtype) * 1e-6) @ b,
-        jnp.zeros((a.shape[0], b.shape[1]), a.dtype),
-      )
-    )  # fmt: skip
-    result.append((
-      2 * m * k * n * times,
-      lambda f=chain, a=left, b=right: f(a, b).block_until_ready(),
-    ))  # fmt: skip
+    product = Product(dtype, (m, k), (k, n), (((1,), (0,)), ((), ())))
+    # Several in one call, so that the call itself costs nothing.
+    times = max(1, round(2e10 / product.flops))
+    loop = device_rates.product_loop(product)
+    result.append((times * product.flops, functools.partial(loop, times)))
   return result
 
 

@@ -7,6 +7,7 @@ import math
 import os
 import subprocess
 import sys
+import time
 import types
 
 import jax
@@ -266,10 +267,23 @@ def test_convolutions_are_those_of_the_program(groups):
   assert len(found) == 3
   for one in found:
     again = device_rates.function(one)
-    made = jax.eval_shape(again, None, *(
+    made = jax.eval_shape(again, *(
       jax.ShapeDtypeStruct(shape, one.dtype) for shape in (one.left, one.right)
     ))  # fmt: skip
     assert made.shape == one.result
+
+
+def test_a_loop_does_each_of_its_products():
+  """None is computed once for all turns."""
+  sides = ((64, 4096), (4096, 16), (((1,), (0,)), ((), ())))
+  run = device_rates.product_loop(step_cost.Product("float32", *sides))
+  seconds = {count: [] for count in (1, 2_000)}
+  for _ in range(5):
+    for count, found in seconds.items():
+      began = time.process_time()
+      run(count)
+      found.append(time.process_time() - began)
+  assert min(seconds[2_000]) > 100 * min(seconds[1])
 
 
 def test_flags_that_do_not_go_together():
