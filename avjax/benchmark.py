@@ -42,6 +42,9 @@ from ml_collections import config_flags
 from avjax import bench_configs, commands
 from avjax.errors import InputError
 
+# How often what is timed counts, by kind of device.
+REPEATS = {"cpu": 5}
+REPEATS_ELSEWHERE = 20
 # Rows, inner and columns of the products whose best rate is called the peak.
 PEAK_SHAPES = ((944, 768, 3072), (1888, 768, 768), (1024, 1024, 1024),
                (8192, 8192, 8192))  # fmt: skip
@@ -61,6 +64,11 @@ class Row:
 def clock(device: str) -> Callable[[], float]:
   """CPU seconds of this process on a CPU, seconds elsewhere."""
   return time.process_time if device == "cpu" else time.perf_counter
+
+
+def counted(device: str, wanted: int | None = None) -> int:
+  """How often something is timed: as `wanted`, or as the protocol says."""
+  return wanted or REPEATS.get(device, REPEATS_ELSEWHERE)
 
 
 def timed(
@@ -269,10 +277,15 @@ def table(rows: list[Row], title: str) -> str:
   return "\n".join(lines)
 
 
-def benchmark(config: Any, batch_size: int = 0, repeats: int = 5) -> list[Row]:
+def benchmark(
+  config: Any, batch_size: int = 0, repeats: int | None = None
+) -> list[Row]:
   """All rows for one stage's config; clips of noise where no data is built."""
+  import jax
+
   from avjax import experiment
 
+  repeats = counted(jax.default_backend(), repeats)
   config = bench_configs.with_groups(config, batch_size)
   batch_size = batch_size or config.batch_size
   with contextlib.ExitStack() as stack:
@@ -361,7 +374,7 @@ def main(argv: list[str]) -> None:
     config = bench_configs.stage_of(
       commands.with_demo_data(values.config), values.stage
     )
-    rows = benchmark(config, values.batch_size, values.repeats or 5)
+    rows = benchmark(config, values.batch_size, values.repeats)
     title = (
       f"{config.method} on {place(values.pin)}, {config.dtype}, batch "
       f"{values.batch_size or config.batch_size}"

@@ -57,7 +57,6 @@ class Line:
     config: configs/<config>.py.
     batch_size: on a CPU.
     argument: of the config.
-    cpu_repeats: counted ones; the dearest steps have 3.
   """
 
   title: str
@@ -65,7 +64,6 @@ class Line:
   config: str
   batch_size: int
   argument: str = ""
-  cpu_repeats: int = 5
 
 
 def _steps(config: str, title: str, *args: Any, **kwargs: Any) -> Line:
@@ -78,12 +76,11 @@ PAGE = {
     "avmae_vgg", "AV-MAE-B pretraining, VGGSound", 2, "size=B"
   ),
   "avmae_audioset": _steps(
-    "avmae_audioset", "AV-MAE-B pretraining, AudioSet", 2, "size=B",
-    cpu_repeats=3,
+    "avmae_audioset", "AV-MAE-B pretraining, AudioSet", 2, "size=B"
   ),
-  # Mixup needs two clips. AudioSet's step is VGGSound's: three repeats do.
+  # Mixup needs two clips.
   "avmae_vgg_finetune": _steps(
-    "avmae_vgg_finetune", "MBT-B fine-tuning", 2, "size=B", cpu_repeats=3
+    "avmae_vgg_finetune", "MBT-B fine-tuning", 2, "size=B"
   ),
   "cavmae_audioset": _steps("cavmae_audioset", "CAV-MAE pretraining", 2),
   "cavmae_vgg_finetune": _steps(
@@ -92,7 +89,7 @@ PAGE = {
   "deteclap_vgg": _steps("deteclap_vgg", "DETECLAP pretraining", 2),
   # Every ratio is in a batch.
   "avsiam_audioset": _steps(
-    "avsiam_audioset", "AVSiam-B pretraining", 6, cpu_repeats=3
+    "avsiam_audioset", "AVSiam-B pretraining", 6
   ),
   # Each step draws what it reads; the dearest, of both, is measured.
   "avsiam_vgg_finetune": _steps(
@@ -103,8 +100,7 @@ PAGE = {
     "coavt_vgg_finetune", "CoAVT fine-tuning, classes", 2
   ),
   "coavt_audiocaps_finetune": _steps(
-    "coavt_audiocaps_finetune", "CoAVT fine-tuning, retrieval", 2,
-    cpu_repeats=3,
+    "coavt_audiocaps_finetune", "CoAVT fine-tuning, retrieval", 2
   ),
   "uavm_vgg": _steps("uavm_vgg", "UAVM training on features", 32),
   "uavm_extractor_vgg": _steps(
@@ -212,7 +208,6 @@ def page_tasks(values: Any, words: Sequence[str]) -> list[tuple[Task, Row]]:
         batch_size=values.batch_size or line.batch_size,
         repeats=values.repeats or 0,
         fixed=bool(values.batch_size),
-        cpu_repeats=line.cpu_repeats,
       ),
       {"title": line.title, "of": _file_of(line, values.demo)},
     )

@@ -41,8 +41,6 @@ from avjax.errors import InputError, lookup
 BATCH_SIZES = {"cavmae": 4, "avsiam": 6, "stack": 8}
 TOKENS = 118  # of a sequence of the stack
 RATE = 1e-4
-REPEATS = {"cpu": 5}
-REPEATS_ELSEWHERE = 20
 COLUMNS = ("system", "batch", "parameters", "GFLOP/clip", "ours, clips/s",
            "PyTorch, clips/s", "ratio", "ours, share of peak",
            "PyTorch, share of peak")  # fmt: skip
@@ -403,7 +401,7 @@ def main(argv: list[str]) -> None:
   device = jax.default_backend()
   if device == "cpu":
     torch_standin.torch.set_num_threads(1)
-  repeats = values.repeats or REPEATS.get(device, REPEATS_ELSEWHERE)
+  repeats = benchmark.counted(device, values.repeats)
   rows = []
   for number, name in enumerate(names, 1):
     rows.append(measure(name, values.batch_size, repeats, values.depth))

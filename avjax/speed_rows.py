@@ -34,8 +34,6 @@ VENDOR_PEAKS = {
   "V100": 125e12,
   "RTX A5000": 111e12,
 }
-# Counted repeats on anything but a CPU, whose rows have their own number.
-REPEATS_ELSEWHERE = 20
 ROUNDS = 5  # of the pipeline's rows
 CLIPS = 256  # in such a round
 VIEWS = 10
@@ -53,7 +51,6 @@ class Task:
       halved until it fits.
     repeats: counted ones; 0 = as the device is.
     fixed: the batch size was asked for.
-    cpu_repeats: counted ones on a CPU.
   """
 
   kind: str
@@ -62,12 +59,6 @@ class Task:
   batch_size: int
   repeats: int = 0
   fixed: bool = False
-  cpu_repeats: int = 5
-
-  def counted(self, device: str) -> int:
-    """Repeats on a kind of device."""
-    elsewhere = REPEATS_ELSEWHERE if device != "cpu" else self.cpu_repeats
-    return self.repeats or elsewhere
 
   def batch(self, device: str) -> int:
     """The batch to begin with on a kind of device."""
@@ -147,7 +138,7 @@ def step_row(
   device = jax.default_backend()
   config = bench_configs.with_scores(config, stack)
   step, measured = fitting(config, task.batch(device), task.fixed)
-  repeats = task.counted(device)
+  repeats = benchmark.counted(device, task.repeats)
   (seconds,), peak = benchmark.time_steps([step], repeats)
   needed = memory.analysis(step.compiled) or memory.Bytes(0, 0)
   model = 3 * forward_flops(step.setup)
@@ -265,7 +256,7 @@ def together_row(
   from avjax.data import pipeline
 
   device = jax.default_backend()
-  repeats = task.counted(device)
+  repeats = benchmark.counted(device, task.repeats)
   step, _ = fitting(config, task.batch(device), task.fixed)
   config = on_noise(config, step.clips, stack)
   stream = stack.enter_context(
@@ -422,7 +413,7 @@ def mel_row(
   draw = np.random.default_rng(0).integers
   waveform = draw(-3_000, 3_000, (task.batch_size, length)).astype(np.int16)
   device = jax.default_backend() if task.name == "mel_device" else "cpu"
-  repeats = task.counted(device)
+  repeats = benchmark.counted(device, task.repeats)
   if task.name == "mel_device":
     on_device = jax.device_put(waveform)
     made = jax.jit(lambda x: audio.fbank(x, data.fbank, data.audio.rate))

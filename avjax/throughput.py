@@ -41,8 +41,6 @@ SYSTEMS = {
   "avmae": ("avmae_audioset", "size=B"),
 }
 BATCH_SIZE = 12  # AVSiam has six ratios
-REPEATS = {"cpu": 5}
-REPEATS_ELSEWHERE = 20
 
 COLUMNS = (
   "system", "frames, s of sound", "clips/s", "ratio", "GFLOP/clip", "GFLOP/s",
@@ -93,7 +91,7 @@ def command(values: Any, names: Iterable[str]) -> tuple[str, str, list[Row]]:
     }
     batch_size = values.batch_size or BATCH_SIZE
     device = jax.default_backend()
-    repeats = values.repeats or REPEATS.get(device, REPEATS_ELSEWHERE)
+    repeats = benchmark.counted(device, values.repeats)
     rows, peak = compare(configs, batch_size, repeats)
   size = "demo" if values.demo else "Base"
   best = "least" if device == "cpu" else "median"
