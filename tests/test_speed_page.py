@@ -22,6 +22,7 @@ from avjax import (
   experiment,
   speed_page,
   speed_rows,
+  speed_tables,
 )
 from avjax import flops as flops_lib
 from avjax.errors import InputError
@@ -221,6 +222,13 @@ def test_options_change_one_thing_each(measured, monkeypatch, tmp_path, capsys):
   out = capsys.readouterr().out
   assert "Options of configs/uavm_vgg.py, batch 144" in out
   assert "| `bfloat16` | 2 | 1.00 |" in out
+
+
+def test_the_readme_has_the_tables_of_the_record():
+  record = speed_page.read(runs.ROOT / "docs" / "speed.json")
+  text = (runs.ROOT / "README.md").read_text()
+  lines = set(speed_tables.tables(record).splitlines()) - set(text.splitlines())
+  assert not lines
 
 
 def test_files_that_are_no_record_are_refused(tmp_path):
