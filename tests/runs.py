@@ -322,10 +322,3 @@ def over_devices(inputs):
   )
   place = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
   return jax.device_put(inputs, place)
-
-
-def vendor():
-  """Of the processor, as Linux names it."""
-  lines = pathlib.Path("/proc/cpuinfo").read_text().splitlines()
-  found = [line for line in lines if line.startswith("vendor_id")]
-  return found[0].split(":")[1].strip() if found else ""

@@ -7,12 +7,11 @@ import sys
 
 import numpy as np
 
-from tests import runs
-
-# Clips a second, one frame of ten and 10 s of sound: ours / theirs, measured by
-# vendor: EPYC (Zen 4), Xeon (Cascade Lake: 2.57 to 2.73 in eleven runs). The
-# median of 80 pairs of batches; the least of each side went from 2.3 to 3.6.
-MEASURED = {"AuthenticAMD": 2.95, "GenuineIntel": 2.68}
+# Clips a second, one frame of ten and 10 s of sound: ours / theirs, the median
+# of 80 pairs of batches. 85 % of 2.95, measured on an EPYC (Zen 4); a Xeon
+# (Cascade Lake) has 2.57 to 2.73 in sixteen runs, eleven of them beside other
+# load.
+FLOOR = 2.5
 
 SCRIPT = """
 import io, json, os, pathlib, sys, tempfile, time
@@ -92,8 +91,7 @@ def test_loader_beats_the_plain_one(tmp_path):
   rates = np.array(json.loads(run.stdout.splitlines()[-1]))
   ours, theirs = np.median(rates, axis=0)
   ratio = np.median(rates[:, 0] / rates[:, 1])
-  known = MEASURED.get(runs.vendor(), max(MEASURED.values()))
-  assert ratio > 0.85 * known, (
+  assert ratio > FLOOR, (
     f"{ours:.0f} clips/s against {theirs:.0f} of a plain loader: {ratio:.2f} "
-    f"times as many; measured were {known}"
+    f"times as many; the floor is {FLOOR}"
   )
