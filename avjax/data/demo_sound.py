@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int16
-from scipy import signal
 
 RATE = 16_000
 FADE = 0.03  # seconds at the end of an event
@@ -56,8 +55,17 @@ def _harmonics(hertz: np.ndarray, amplitudes: Sequence[float]) -> np.ndarray:
   return total.imag
 
 
+def _recursive(b: Sequence[float], a: Sequence[float], x: np.ndarray):
+  """The filter of these coefficients, applied to x [s]."""
+  from scipy import signal  # Takes a second, and few runs draw clips.
+
+  return signal.lfilter(b, a, x)
+
+
 def _band(x: np.ndarray, low: float, high: float, order: int = 2) -> np.ndarray:
   """Band-pass; low = 0 makes it a low-pass."""
+  from scipy import signal  # As above.
+
   if low <= 0:
     sos = signal.butter(order, high, "low", fs=RATE, output="sos")
   else:
@@ -71,7 +79,7 @@ def _resonances(x: np.ndarray, hertz: Sequence[float], width: float):
   radius = np.exp(-np.pi * width / RATE)
   for f in hertz:
     a = [1.0, -2 * radius * np.cos(2 * np.pi * f / RATE), radius**2]
-    total += signal.lfilter([1 - radius, 0, radius - 1], a, x)
+    total += _recursive([1 - radius, 0, radius - 1], a, x)
   return total
 
 
@@ -195,7 +203,7 @@ def chime(rng, onsets, length):
         radius = np.exp(-1 / (RATE * 0.55 / (0.4 + 0.6 * ratio)))
         w = 2 * np.pi * f / RATE
         a = [1.0, -2 * radius * np.cos(w), radius**2]
-        out += signal.lfilter([gain * np.sin(w)], a, strike)
+        out += _recursive([gain * np.sin(w)], a, strike)
   return out
 
 
@@ -301,7 +309,7 @@ def alarm(rng, onsets, length):
   since = _since(onsets, length)
   beep = (since % 0.085 < 0.05) & (since < 3 * 0.085)
   beep &= _seconds(length) >= onsets[0]
-  gate = signal.lfilter([0.02], [1, -0.98], beep.astype(float))
+  gate = _recursive([0.02], [1, -0.98], beep.astype(float))
   hertz = np.full(length, rng.uniform(880, 1500))
   return gate * _harmonics(hertz, (1.0, 0.0, 0.5, 0.0, 0.3))
 
