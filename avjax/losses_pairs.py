@@ -34,6 +34,9 @@ IMPLEMENTATIONS = ("auto", "plain", "gather", "ring")
 
 # Finite, so that groups without examples have finite gradients.
 LOW = -1e9
+# Accelerators would round what they multiply to fewer digits than a loss of
+# similar pairs has.
+EXACT = lax.Precision.HIGHEST
 # Bytes of a device's cosines from which on they are never all there at once.
 RING_FROM = 2**27
 
@@ -183,7 +186,10 @@ def _plain(rows, columns, here, bias, options):
   total, d = TOTALS[total], rows.shape[1]
   here = here.reshape(-1, size)
   logits = bias + jnp.einsum(
-    "gid,gjd->gij", rows.reshape(-1, size, d), columns.reshape(-1, size, d)
+    "gid,gjd->gij",
+    rows.reshape(-1, size, d),
+    columns.reshape(-1, size, d),
+    precision=EXACT,
   )
   seen = jnp.where(here[:, None, :], logits, LOW)
   there = total.reduce(seen, axis=2).reshape(-1)
@@ -239,10 +245,13 @@ def _backward(plan, found, grads):
 _spread.defvjp(_forward, _backward)
 
 
+_product = functools.partial(jnp.matmul, precision=EXACT)
+
+
 def _block(plan, rows, columns, masks, bias):
   """Of a device's rows and some columns: totals, and the best column."""
   total, (here, seen) = TOTALS[plan.total], masks
-  logits = rows @ columns.T + bias
+  logits = _product(rows, columns.T) + bias
   masked = jnp.where(seen[None], logits, LOW)
   back = jnp.zeros(len(columns), rows.dtype)
   if plan.back:
@@ -258,13 +267,14 @@ def _slopes(plan, rows, columns, masks, bias, given):
   """
   total, (here, seen) = TOTALS[plan.total], masks
   (there, to_there), (back, to_back) = given
-  logits = rows @ columns.T + bias
+  logits = _product(rows, columns.T) + bias
   masked = jnp.where(seen[None], logits, LOW)
   slopes = to_there[:, None] * total.slope(masked, there[:, None])
   if plan.back:
     masked = jnp.where(here[:, None], logits, LOW)
     slopes += to_back[None] * total.slope(masked, back[None])
-  return slopes @ columns, slopes.T @ rows, slopes.sum(axis=1)
+  to_rows, to_columns = _product(slopes, columns), _product(slopes.T, rows)
+  return to_rows, to_columns, slopes.sum(axis=1)
 
 
 def _mine(plan, count):

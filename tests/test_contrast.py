@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.extend
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -94,6 +95,26 @@ def test_every_implementation_gives_the_same(implementation, name):
     scale = np.abs(theirs).max()
     np.testing.assert_allclose(ours / scale, theirs / scale, atol=1e-5)
     np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-5 * scale)
+
+
+def products(jaxpr):
+  """Precisions of all matrix products of a jaxpr and those in it."""
+  for equation in jaxpr.eqns:
+    if equation.primitive.name == "dot_general":
+      yield equation.params["precision"]
+    for inner in jax.extend.core.jaxprs_in_params(equation.params):
+      yield from products(inner)
+
+
+@pytest.mark.parametrize("implementation", ("plain", *SPREAD))
+def test_accelerators_multiply_in_full_precision(implementation):
+  anchors, candidates, there = placed("8")
+  numbers = jnp.float32(0.05), jnp.float32(-3)
+  run = gradients(implementation)
+  found = [*products(run.trace(anchors, candidates, *numbers, there).jaxpr)]
+  highest = (jax.lax.Precision.HIGHEST,) * 2
+  assert len(found) >= 9  # there and back twice, of three losses
+  assert set(found) == {highest}
 
 
 def compiled_text(implementation, name, b, d, total):

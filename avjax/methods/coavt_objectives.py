@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from avjax import losses
+from avjax import losses, losses_pairs
 from avjax.nn.masking import Keys
 
 TEMPERATURES = (1e-3, 0.5)
@@ -30,7 +30,8 @@ def similarity(
     queries: projected, of length 1.
     texts: [CLS], projected, of length 1.
   """
-  return jnp.einsum("bqp,cp->bcq", queries, texts).max(-1)
+  exact = losses_pairs.EXACT
+  return jnp.einsum("bqp,cp->bcq", queries, texts, precision=exact).max(-1)
 
 
 def equal_texts(ids: Int[Array, "b l"], mask: Bool[Array, "b l"]) -> Pairs:
