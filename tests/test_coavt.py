@@ -306,6 +306,19 @@ def test_classifier_reads_the_mean_of_the_queries():
   np.testing.assert_allclose(mixed[1], pictures[1], atol=1e-5)
 
 
+def test_micro_batches_drop_differently():
+  """The key of a step is one for all of them."""
+  for dropout in (0.5, 0.0):
+    made, given = classifier(dropout=dropout), inputs(3)
+    run = jax.jit(lambda p, x, m=made: m.loss(p, x, KEY, STEP)[0])
+    later = {**given, "index": given["index"] + 3}
+    first, again, other = (
+      float(run(params(made), x)) for x in (given, given, later)
+    )
+    assert first == again
+    assert (first == other) == (not dropout)
+
+
 @pytest.mark.parametrize("modality", ["av", "a", "v"])
 def test_what_the_classifier_does_not_reach_is_frozen(modality):
   made = classifier(modality=modality)

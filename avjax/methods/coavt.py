@@ -119,7 +119,7 @@ class CoAVT(Retrieval):
     ids, mask = inputs["text"], inputs["text_mask"]
     train = [
       {"train": True, "rngs": {"dropout": key}}
-      for key in jax.random.split(drop, 4)
+      for key in jax.random.split(masking.part_key(inputs, drop), 4)
     ]
     text = self.run(params, QueryEncoder.first, ids, mask, **train[0])
     text = self.run(params, QueryEncoder.project, "text", text)

@@ -22,7 +22,7 @@ from avjax.methods.cavmae_base import where_missing
 from avjax.methods.coavt_base import CoAVTMethod, available, pooled
 from avjax.methods.coavt_config import finetune_model as default_model
 from avjax.methods.supervised import chosen, criterion, objective
-from avjax.nn import heads
+from avjax.nn import heads, masking
 from avjax.nn.cav_encoder import MODALITIES
 from avjax.nn.transformer import NORMAL
 
@@ -85,7 +85,8 @@ class CoAVTFinetune(CoAVTMethod):
     Examples that lack a modality that is trained do not count.
     """
     del step
-    x = self.pooled(params, inputs, "av", train=True, rngs={"dropout": rng})
+    rngs = {"dropout": masking.part_key(inputs, rng)}
+    x = self.pooled(params, inputs, "av", train=True, rngs=rngs)
     logits = heads.project(params["classifier"], x)
     loss, metrics = objective(self, logits, inputs, MODALITIES[self.modality])
     return loss, {"metrics": metrics, "intermediates": {"logits": logits}}

@@ -32,6 +32,15 @@ def draw_keys(inputs: Mapping[str, Array], rng: jax.Array) -> Keys:
   return example_keys(rng, index)
 
 
+def part_key(inputs: Mapping[str, Array], rng: jax.Array) -> jax.Array:
+  """A key of these inputs, for draws that go by place in them, as dropout's.
+
+  Micro-batches of a step have one `rng`; without this, all draw the same.
+  """
+  index = inputs.get("index")
+  return rng if index is None else jax.random.fold_in(rng, index[0])
+
+
 def fold_in(keys: Keys, number: int) -> Keys:
   """Independent keys for one of several purposes."""
   return jax.vmap(jax.random.fold_in, (0, None))(keys, number)
