@@ -1,8 +1,6 @@
 """What the command-line programs share: errors in one line, demo data."""
 
 import contextlib
-import ctypes
-import glob
 import hashlib
 import os
 import pathlib
@@ -14,14 +12,13 @@ from typing import Any
 
 from absl import app, flags
 
+from avjax import allocator
 from avjax.errors import InputError
 
 # Before JAX starts: a few per cent on CPUs with AVX-512, nothing elsewhere.
 CPU_FLAG = "--xla_cpu_prefer_vector_width=512"
 # Of compiled programs on disk; the oldest go first.
 CACHE_BYTES = 4 << 30
-# Options of mallopt: one arena, nothing mapped apart, nothing returned.
-KEEP = {-8: 1, -4: 0, -1: -1}
 
 
 def run(
@@ -37,11 +34,14 @@ def run(
     main: given the program's name and the words that are no flags.
     required: flags that have to be given.
     words: the flag with which there may be such words; True = always.
-    cache: whether compiled programs are kept, see `keep_compiled`.
+    cache: whether compiled programs are kept, see `keep_compiled`; commands
+      that time compiling neither keep nor take them.
   """
   if cache:
     keep_compiled()
-  keep_memory()
+  elif "JAX_ENABLE_COMPILATION_CACHE" not in os.environ:
+    _set_jax(jax_enable_compilation_cache=False)
+  allocator.keep()
   present = os.environ.get("XLA_FLAGS", "")
   if CPU_FLAG.split("=")[0] not in present:
     os.environ["XLA_FLAGS"] = f"{present} {CPU_FLAG}".strip()
@@ -60,7 +60,7 @@ def run(
 
 
 def keep_compiled() -> None:
-  """Has JAX keep compiled programs for the next start; before JAX starts.
+  """Has JAX keep compiled programs for the next start.
 
   They are in `~/.cache/avjax`, up to CACHE_BYTES. JAX_COMPILATION_CACHE_DIR
   names another folder, JAX_ENABLE_COMPILATION_CACHE=0 keeps none.
@@ -71,28 +71,22 @@ def keep_compiled() -> None:
   folder = pathlib.Path(base) / "avjax" / f"compiled-{processor()}"
   with contextlib.suppress(OSError):
     folder.mkdir(parents=True, exist_ok=True)
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
-    os.environ.setdefault("JAX_COMPILATION_CACHE_MAX_SIZE", str(CACHE_BYTES))
+    most = int(os.environ.get("JAX_COMPILATION_CACHE_MAX_SIZE", CACHE_BYTES))
+    _set_jax(
+      jax_compilation_cache_dir=str(folder),
+      jax_compilation_cache_max_size=most,
+    )
 
 
-def keep_memory() -> bool:
-  """Has the process keep memory that it frees, where JAX computes on CPUs.
+def _set_jax(**options: str | int) -> None:
+  """Sets options of JAX for this process and those it starts.
 
-  XLA asks for a program's temporary memory anew at each run. The C library
-  would map and unmap it, so that in every step all its pages, up to gigabytes,
-  would be cleared and faulted in again: 7 % of the time of a CAV-MAE step.
-
-  Returns:
-    Whether it does; it needs glibc, and no GPU or TPU.
+  JAX reads the environment when it is imported, and may have been.
   """
-  devices = ("/dev/nvidia[0-9]*", "/dev/accel*", "/dev/vfio/[0-9]*")
-  if os.environ.get("JAX_PLATFORMS") != "cpu" and any(map(glob.glob, devices)):
-    return False
-  if platform.libc_ver()[0] != "glibc":
-    return False
-  library = ctypes.CDLL(None)
-  # XLA computes in a thread of its own, and only the first arena grows freely.
-  return all([library.mallopt(name, value) for name, value in KEEP.items()])
+  os.environ.update({k.upper(): str(v) for k, v in options.items()})
+  if "jax" in sys.modules:
+    for name, value in options.items():
+      sys.modules["jax"].config.update(name, value)
 
 
 def processor() -> str:

@@ -20,6 +20,8 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   # What one test process compiled the others need not compile again.
   folder = tempfile.mkdtemp(prefix="avjax-compiled-")
   os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+  # Also for commands that time compiling, and take no program from elsewhere.
+  os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "1"
   os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.5"
   atexit.register(shutil.rmtree, folder, ignore_errors=True)
 

@@ -5,9 +5,10 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import pytest
 
-from avjax import commands
+from avjax import allocator, commands
 from tests import runs
 
 KEYS = ("JAX_COMPILATION_CACHE_DIR", "JAX_COMPILATION_CACHE_MAX_SIZE")
@@ -21,7 +22,10 @@ def home(monkeypatch, tmp_path):
     monkeypatch.setenv(key, "")
     monkeypatch.delenv(key)
   monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-  return tmp_path
+  before = {key: getattr(jax.config, key.lower()) for key in KEYS}
+  yield tmp_path
+  for key, value in before.items():
+    jax.config.update(key.lower(), value)
 
 
 def test_compiled_programs_are_kept_per_kind_of_cpu(home, monkeypatch):
@@ -33,6 +37,28 @@ def test_compiled_programs_are_kept_per_kind_of_cpu(home, monkeypatch):
   del os.environ[KEYS[0]]
   commands.keep_compiled()
   assert os.environ[KEYS[0]] != folder
+
+
+@pytest.mark.parametrize(
+  "name", ["main", "evaluate", "embed", "plan", "convert", "compare"]
+)
+def test_jax_knows_the_folder_whenever_it_was_imported(name, tmp_path):
+  code = (
+    f"import avjax.{name}\n"
+    "from avjax import commands\n"
+    "commands.keep_compiled()\n"
+    "import jax\n"
+    "print(jax.config.jax_compilation_cache_dir)\n"
+    "print(jax.config.jax_compilation_cache_max_size)\n"
+  )
+  env = {k: v for k, v in os.environ.items() if k not in KEYS}
+  done = subprocess.run(
+    [sys.executable, "-c", code],
+    env={**env, "XDG_CACHE_HOME": str(tmp_path)},
+    cwd=runs.ROOT, check=True, capture_output=True, text=True,
+  )  # fmt: skip
+  folder, most = done.stdout.split()
+  assert folder.startswith(str(tmp_path)) and int(most) == commands.CACHE_BYTES
 
 
 def test_a_folder_that_is_named_is_left_alone(home, monkeypatch):
@@ -50,11 +76,14 @@ def test_without_a_place_nothing_is_kept(home, monkeypatch):
 
 PROGRAM = """
 import resource
-from avjax import commands
+from avjax import allocator, commands
 
 def main(argv):
   import jax
   import jax.numpy as jnp
+  from avjax import allocator
+
+  allocator.settle()  # as the loader does
 
   run = jax.jit(lambda x: jnp.sum(jnp.sin(x) @ x))
   x, faults = jnp.ones((2048, 2048)), []
@@ -81,5 +110,5 @@ def test_memory_of_a_program_is_kept_for_its_next_run(monkeypatch):
 
 def test_memory_is_left_alone_beside_a_gpu(monkeypatch):
   monkeypatch.delenv("JAX_PLATFORMS", raising=False)
-  monkeypatch.setattr(commands.glob, "glob", lambda pattern: [pattern])
-  assert not commands.keep_memory()
+  monkeypatch.setattr(allocator.glob, "glob", lambda pattern: [pattern])
+  assert not allocator.keep()

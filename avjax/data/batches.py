@@ -4,16 +4,14 @@ Rows are filled by a few threads. Every draw follows from (seed, number of the
 example in the run), so neither threads nor processes change a batch.
 """
 
-import contextlib
-import ctypes
 import functools
-import sys
 from concurrent import futures
 from typing import Any
 
 import cv2
 import numpy as np
 
+from avjax import allocator
 from avjax.data import (
   buffers,
   clip_text,
@@ -227,10 +225,4 @@ class Batches:
 def _settle_process() -> None:
   """Settings that make decoding in threads fast; once per process."""
   cv2.setNumThreads(0)  # its own threads would fight with ours
-  if sys.platform == "linux":
-    # Megabytes are taken and freed for each clip. Given back to the system,
-    # they cost page faults that take longer than reading the record.
-    with contextlib.suppress(OSError, AttributeError):
-      mallopt = ctypes.CDLL(None).mallopt
-      mallopt(-3, 32 << 20)  # M_MMAP_THRESHOLD, at its upper limit
-      mallopt(-1, 256 << 20)  # M_TRIM_THRESHOLD
+  allocator.settle()
