@@ -64,9 +64,29 @@ def make_mesh(section: Any, devices: list[Any] | None = None) -> Mesh:
       f"mesh {dict(zip(AXES, shape, strict=True))} needs {total} devices; "
       f"there are {len(devices)}"
     )
-  return jax.make_mesh(
+  mesh = jax.make_mesh(
     shape, AXES, devices=devices[:total], axis_types=(AxisType.Auto,) * 3
   )
+  _check_owners(np.vectorize(lambda device: device.process_index)(mesh.devices))
+  return mesh
+
+
+def _check_owners(owners: np.ndarray) -> None:
+  """Devices that compute the same examples belong to one process, which reads.
+
+  Args:
+    owners: [data, fsdp, tensor] the process of each device of a mesh.
+
+  Raises:
+    InputError: some do not.
+  """
+  if (owners != owners[..., :1]).any():
+    _, counts = np.unique(owners, return_counts=True)
+    raise InputError(
+      f"mesh.tensor={owners.shape[-1]} goes over devices of several processes, "
+      f"of which each has {counts.min()}: those of tensor read the same "
+      "examples and have to be of one process"
+    )
 
 
 def process_count() -> int:

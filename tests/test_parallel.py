@@ -8,6 +8,7 @@ from ml_collections import ConfigDict
 
 from avjax import experiment, flops, parallel
 from avjax.errors import InputError
+from tests import runs
 
 
 def mesh(**axes):
@@ -36,6 +37,32 @@ def test_minus_one_takes_what_is_left():
 def test_impossible_mesh_is_refused(axes, words):
   with pytest.raises(InputError, match=words):
     mesh(**axes)
+
+
+PROCESSES = """
+import sys
+import jax
+process, port = int(sys.argv[1]), sys.argv[2]
+jax.config.update("jax_cpu_collectives_implementation", "gloo")
+jax.distributed.initialize("127.0.0.1:" + port, 2, process)
+from avjax import config, parallel
+from avjax.errors import InputError
+section = config.base_config().mesh
+section.data, section.fsdp, section.tensor = 2, 1, 2
+parallel.make_mesh(section)
+section.data, section.tensor = 1, 4
+try:
+  parallel.make_mesh(section)
+except InputError as error:
+  assert "mesh.tensor=4 goes over devices of several processes" in str(error)
+  assert "each has 2" in str(error)
+else:
+  raise AssertionError("not refused")
+"""
+
+
+def test_tensor_stays_within_a_process(tmp_path):
+  runs.two_processes(PROCESSES, tmp_path)
 
 
 def test_batch_that_does_not_divide_names_both_numbers():
