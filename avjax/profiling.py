@@ -52,8 +52,17 @@ class Trace:
       self.close(pending)
 
   def close(self, pending: Any = None) -> None:
-    """Ends a trace that runs."""
+    """Ends a trace that runs; says so where its steps never came."""
     if not self._running:
+      if self._count < self.first:
+        logging.warning(
+          "no trace: --profile=%d:%d begins at step %d of this process, which "
+          "took %d",
+          self.first,
+          self.end,
+          self.first,
+          self._count,
+        )
       return
     jax.block_until_ready(pending)
     self._running = False

@@ -32,6 +32,16 @@ def test_a_trace_that_is_cut_short_is_closed(tmp_path):
   assert list(tmp_path.rglob("*.xplane.pb"))
 
 
+def test_a_trace_that_never_began_is_told(tmp_path, caplog):
+  trace = profiling.Trace("3:5", tmp_path / "profile")
+  trace.before_step([])
+  with caplog.at_level("WARNING"):
+    trace.close()
+  assert "--profile=3:5 begins at step 3 of this process, which took 1" in (
+    caplog.text
+  )
+
+
 @pytest.mark.parametrize("words", ["5", "5:5", "0:3", "a:b", "5:"])
 def test_what_is_no_pair_of_steps_is_refused(words, tmp_path):
   with pytest.raises(InputError, match="10:15 traces the tenth"):
