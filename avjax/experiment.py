@@ -16,10 +16,12 @@ from jax.sharding import Mesh
 
 from avjax import averaging, grad_cache, methods, optim, parallel
 from avjax.data import augment, pipeline, text
-from avjax.errors import InputError
+from avjax.errors import InputError, lookup
 from avjax.methods.base import Method
 from avjax.nn import transformer
 
+# Of the computation.
+DTYPES = ("float32", "bfloat16")
 State = dict[str, Any]  # params, opt_state, average, step, rng
 
 
@@ -112,6 +114,7 @@ def build(
     InputError: what the config asks for does not fit together.
   """
   batch_size = batch_size or config.batch_size
+  lookup(dict.fromkeys(DTYPES), config.dtype, "dtype")
   mesh = parallel.make_mesh(config.mesh)
   method = methods.make(config)
   check_batch(config, batch_size, mesh, method.batch_multiple)

@@ -144,6 +144,13 @@ def test_batch_that_does_not_divide_is_refused(demo_data, tmp_path):
     train_stage(config, tmp_path)
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "float16"])
+def test_a_dtype_that_is_not_computed_in_is_refused(dtype, demo_data, tmp_path):
+  config = runs.stage(NAME, data__dir=demo_data, dtype=dtype)
+  with pytest.raises(InputError, match=f"unknown dtype '{dtype}'.*bfloat16"):
+    train_stage(config, tmp_path)
+
+
 def test_steps_and_epochs_exclude_each_other(demo_data, tmp_path):
   config = runs.stage(NAME, data__dir=demo_data, total_epochs=1.0)
   with pytest.raises(InputError, match="total_steps and total_epochs"):
