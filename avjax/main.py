@@ -10,6 +10,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from avjax import commands
+from avjax.errors import InputError
 
 CONFIG = config_flags.DEFINE_config_file(
   "config", None, "configs/<name>.py[:argument,…]", lock_config=True
@@ -31,6 +32,11 @@ def main(argv: list[str]) -> None:
   """Parses flags and hands over; kept short."""
   del argv
   logging.set_verbosity(logging.INFO)
+  if COORDINATOR.value and PROCESSES.value < 2:
+    raise InputError(
+      f"--coordinator={COORDINATOR.value} needs --processes, which is "
+      f"{PROCESSES.value}"
+    )
   if PROCESSES.value > 1:
     import jax
 

@@ -252,6 +252,7 @@ def test_two_processes_train_like_one(demo_data, tmp_path):
     ("--config.batch_sze=3", "Did you mean 'batch_size'"),
     ("--config.data.video.sze=3", "Did you mean 'size'"),
     ("--config.batch_size=many", "batch_size"),
+    ("--coordinator=localhost:99", "needs --processes, which is 1"),
   ],
 )
 def test_wrong_key_is_one_line(tmp_path, flag, words):
