@@ -20,9 +20,6 @@ SHARES = {
   "collective-permute": lambda n: 1,
 }
 
-# Where they are asynchronous, what is sent stands before the result.
-PAIRED = ("all-gather", "collective-permute")
-
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
@@ -75,8 +72,19 @@ def of_line(
   kind = line.op.removesuffix("-start")
   if kind not in SHARES:
     return None
-  count = hlo.size(line.shape, half=kind in PAIRED and kind != line.op)
-  return Collective(kind, count, len(program.group(line)), times)
+  count = hlo.size(result(line))
+  return Collective(kind, count, len(program.groups(line)[0]), times)
+
+
+def result(line: hlo.Line) -> str:
+  """The shapes of what a collective gives.
+
+  Where it is asynchronous, what is sent stands before them and what the
+  compiler needs behind; all-reduce-start has the result alone.
+  """
+  if line.op.endswith("-start") and line.op != "all-reduce-start":
+    return hlo.members(line.shape)[1]
+  return line.shape
 
 
 def _all(ways: Sequence[hlo.Turns]) -> hlo.Turns:

@@ -87,9 +87,11 @@ BANDWIDTH_SHARE = 0.9
 LINK_SHARE = 0.8
 # Other kernels (norms, GELU, biases, residuals; forward and backward) move 45
 # values a token and layer for each 16 that its products give, which is without
-# kernels that join them. Adam reads four and writes three values of 4 bytes.
+# kernels that join them. Adam reads four and writes three values of 4 bytes; a
+# running mean is two read and one written.
 VALUES_PER_RESULT = 45 / 16
 ADAM_BYTES = 30
+MEAN_BYTES = 12
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,6 +130,7 @@ def published_seconds(
   dtype: str,
   parameters: int,
   gradients: frozenset[tuple[int, ...]],
+  averaged: int = 0,
 ) -> Seconds:
   """A model of one step's time; without the network.
 
@@ -138,6 +141,7 @@ def published_seconds(
     parameters: numbers that the device's optimiser updates.
     gradients: shapes of parameters: products with such a result are not
       followed by other kernels.
+    averaged: numbers of the device's running mean.
   """
   peak = device.peak[dtype]
   products, results = 0.0, 0.0
@@ -150,7 +154,8 @@ def published_seconds(
       if many == 1 and not {(rows, columns), (columns, rows)} & gradients:
         results += kernel.times * rows * columns
   width = 2 if dtype == "bfloat16" else 4
-  moved = VALUES_PER_RESULT * width * results + ADAM_BYTES * parameters
+  moved = VALUES_PER_RESULT * width * results
+  moved += ADAM_BYTES * parameters + MEAN_BYTES * averaged
   return Seconds(products, moved / (BANDWIDTH_SHARE * device.bandwidth))
 
 
@@ -178,6 +183,16 @@ def link_rate(device: Published, devices: Iterable[int]) -> float:
     return LINK_SHARE * device.link
   here = hosts.count(hosts[0])
   return LINK_SHARE * min(device.link, here * device.network)
+
+
+def slowest_rate(device: Published, groups: Iterable[Iterable[int]]) -> float:
+  """Bytes/s out of each device of the group, or pair, with the least.
+
+  Args:
+    device: of DEVICES.
+    groups: see `link_rate`; not empty.
+  """
+  return min(link_rate(device, group) for group in groups)
 
 
 # --------------------------------------------------------------- this machine

@@ -28,11 +28,12 @@ _LINE = re.compile(
   r"\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*?)\)(.*)"
 )
 # Groups of devices: lists, a reshaped range, axes of a mesh.
-_LISTED = re.compile(r"(?:groups|pairs)=\{\{([\d,]+)\}")
+_LISTED = re.compile(r"(?:groups|pairs)=\{(\{[\d,{} ]+\})\}")
 _RANGE = re.compile(
   r"replica_groups=\[(\d+),(\d+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?"
 )
-_AXES = re.compile(r"replica_groups=mesh\[(.*?)\].*?\{([^}]*)\}")
+_AXES = re.compile(r"replica_groups=mesh\[(.*?)\](.*?)\{([^}]*)\}")
+_ORDER = re.compile(r"device_ids=\(\[([\d,]+)\](?:T\(([\d,]+)\))?")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Line:
 
 
 Turns = Mapping[str, int]
+Groups = tuple[tuple[int, ...], ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,26 +100,27 @@ class Program:
 
     return of(self.entry, 1)
 
-  def group(self, line: Line) -> tuple[int, ...]:
-    """Numbers of the first group of devices, or pair, of a collective."""
+  def groups(self, line: Line) -> Groups:
+    """Numbers of all groups of devices, or pairs, of a collective."""
     listed = _LISTED.search(line.rest)
     if listed:
-      return tuple(map(int, listed[1].split(",")))
+      found = re.findall(r"\{([\d,]+)\}", listed[1])
+      return tuple(tuple(map(int, one.split(","))) for one in found)
     ranged = _RANGE.search(line.rest)
     if ranged:
-      sizes = [int(n) for n in ranged[3].split(",")]
-      grid = np.arange(math.prod(sizes)).reshape(sizes)
-      if ranged[4]:
-        grid = grid.transpose([int(n) for n in ranged[4].split(",")])
-      return tuple(map(int, grid.reshape(int(ranged[1]), -1)[0]))
+      grid = _grid(ranged[3], ranged[4])
+      return _rows(grid.reshape(int(ranged[1]), -1))
     named = _AXES.search(line.rest)
     if named:
       axes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
-      grid = np.arange(self.devices).reshape([int(n) for n in axes.values()])
-      kept = re.findall(r"'(\w+)'", named[2])
-      first = tuple(slice(None) if axis in kept else 0 for axis in axes)
-      return tuple(map(int, grid[first].reshape(-1)))
-    return tuple(range(self.devices))
+      order = _ORDER.search(named[2])
+      grid = _grid(*order.groups()) if order else np.arange(self.devices)
+      grid = grid.reshape([int(n) for n in axes.values()])
+      kept = re.findall(r"'(\w+)'", named[3])
+      last = sorted(range(grid.ndim), key=lambda n: list(axes)[n] in kept)
+      size = math.prod(int(axes[axis]) for axis in kept)
+      return _rows(grid.transpose(last).reshape(-1, size))
+    return (tuple(range(self.devices)),)
 
 
 def read(compiled: Any) -> Program:
@@ -150,19 +153,42 @@ def read(compiled: Any) -> Program:
   return Program(program, entry, devices)
 
 
-def size(shapes: str, half: bool = False) -> int:
+def _grid(sizes: str, order: str | None) -> np.ndarray:
+  """Numbers of devices in these sizes, the axes then in this order."""
+  shape = [int(n) for n in sizes.split(",")]
+  grid = np.arange(math.prod(shape)).reshape(shape)
+  return grid.transpose([int(n) for n in order.split(",")]) if order else grid
+
+
+def _rows(grid: np.ndarray) -> Groups:
+  return tuple(tuple(map(int, row)) for row in grid)
+
+
+def size(shapes: str) -> int:
   """Bytes of a result's shapes as the compiler writes them.
 
   Args:
     shapes: an array's, or several in parentheses.
-    half: the later half of the arrays alone.
   """
-  counts = [
+  return sum(
     WIDTHS[kind] * math.prod(int(n) for n in shape.split(",") if n)
     for kind, shape, _ in ARRAY.findall(shapes)
     if kind in WIDTHS
-  ]
-  return sum(counts[len(counts) // 2 :] if half else counts)
+  )
+
+
+def members(shapes: str) -> list[str]:
+  """What a tuple consists of, inner tuples whole; of an array, itself."""
+  if not shapes.startswith("("):
+    return [shapes]
+  found, depth = [""], 0
+  for letter in shapes[1:-1]:
+    depth += (letter in "([{") - (letter in ")]}")
+    if letter == "," and not depth:
+      found.append("")
+    else:
+      found[-1] += letter
+  return [one.strip() for one in found]
 
 
 def elements(shape: str) -> int:

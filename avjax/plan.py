@@ -19,6 +19,12 @@ collectives, with two exceptions, which make a plan too careful: gradients of
 parameters that are split (fsdp) are reduced and scattered there, half the bytes
 of the sum here; and what several passes, or several parts of a batch
 (accumulate, grad_cache), add to a gradient is summed first and sent once.
+
+With bfloat16 that compiler computes in float32: temporary memory is that of
+float32, an upper bound. It also gathers split parameters in float32; those that
+the step casts are counted with half the bytes, which is what others send.
+Attention is the target's own, but where that would be cuDNN's, which takes no
+memory for scores either, it is in blocks (see avjax.nn.attention).
 """
 
 import contextlib
@@ -37,8 +43,12 @@ from avjax import bench_configs, commands, plan_report
 from avjax.errors import InputError
 
 # Host milliseconds for a clip, log-mel made on the device: reading and sound,
-# and each decoded frame; stored features. One core, measured elsewhere.
-READ_MS, FRAME_MS, FEATURES_MS = 0.63, 0.467, 0.08
+# and each decoded frame; stored features. From docs/speed.json, one core of an
+# AMD EPYC: 1.281 for one picture is READ + FRAME, 9.445 for sixteen READ + 16
+# FRAME, 0.192 for stored features.
+READ_MS, FRAME_MS, FEATURES_MS = 0.737, 0.544, 0.192
+# More keys than any implementation for short inputs is chosen for.
+MANY_KEYS = 1 << 20
 
 
 # ------------------------------------------------------------------- program
@@ -97,13 +107,7 @@ def clips_of(data: Any, asked: int) -> int:
 
 def memory_of(setup: Any, compiled: Any) -> plan_report.Memory:
   """What one device holds of the state and the batch, and works with."""
-  from avjax import memory, trees
-
-  def own(tree: Any) -> int:
-    return sum(
-      math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
-      for leaf in trees.flatten(tree).values()
-    )
+  from avjax import memory
 
   state = setup.state_shapes
   found = memory.analysis(compiled)
@@ -113,6 +117,41 @@ def memory_of(setup: Any, compiled: Any) -> plan_report.Memory:
     own(setup.batch_shapes),
     found.temporary if found else 0,
   )
+
+
+def own(tree: Any) -> int:
+  """Bytes of arrays (ShapeDtypeStructs with shardings) on one device."""
+  from avjax import trees
+
+  return sum(
+    math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+    for leaf in trees.flatten(tree).values()
+  )
+
+
+def narrow(setup: Any) -> frozenset[tuple[int, ...]]:
+  """Sizes of the parameters that `fsdp` gathers in half precision.
+
+  As `step_cost.sizes` gives them, of a whole stack of layers and of one;
+  nothing where the computation is in float32.
+  """
+  from avjax import parallel, step_cost, trees
+
+  if setup.config.dtype == "float32":
+    return frozenset()
+  tensor, found = setup.mesh.shape["tensor"], set()
+  for name, leaf in trees.flatten(setup.state_shapes["params"]).items():
+    spec = parallel.spec_of(name, leaf.shape, setup.mesh)
+    if "fsdp" not in spec or "norm" in name:
+      continue
+    shape = [
+      size // tensor if axis == "tensor" else size
+      for size, axis in zip(leaf.shape, spec, strict=True)
+    ]
+    found.add(step_cost.sizes(shape))
+    if "blocks" in name.split("/"):
+      found.add(step_cost.sizes(shape[1:]))
+  return frozenset(found)
 
 
 def gradients(setup: Any) -> frozenset[tuple[int, ...]]:
@@ -163,7 +202,8 @@ def make(
 
   device_rates.find(device)
   with contextlib.ExitStack() as stack:
-    program = benchmark.Program(prepared(config, batch_size, clips, stack))
+    setup = prepared(config, batch_size, clips, stack, device)
+    program = benchmark.Program(setup)
     kernels = step_cost.kernels(program.compiled)
     meter = None
     if device == "cpu":
@@ -176,9 +216,10 @@ def make(
 
 
 def prepared(
-  config: Any, batch_size: int, clips: int, stack: contextlib.ExitStack
-) -> Any:
-  """The experiment on the simulated devices.
+  config: Any, batch_size: int, clips: int, stack: contextlib.ExitStack,
+  device: str = "cpu",
+) -> Any:  # fmt: skip
+  """The experiment on the simulated devices, as `device` would compute it.
 
   Raises:
     InputError: the config cannot be built, or an epoch has no whole batch.
@@ -187,8 +228,39 @@ def prepared(
   count = clips_of(config.data, clips)
   if count < size:
     raise InputError(f"{count} clips are fewer than the batch size {size}")
-  config = bench_configs.with_scores(config, stack)
+  config = with_attention(bench_configs.with_scores(config, stack), device)
   return bench_configs.experiment_of(config, batch_size, count // size)
+
+
+def with_attention(config: Any, device: str) -> Any:
+  """The config; plain attention where `auto` means that on the device.
+
+  CPUs take blocks instead, which need far less memory. Where the device has
+  cuDNN's fused kernel, blocks stand in for it.
+  """
+  import jax
+
+  from avjax.nn import attention
+
+  if device == "cpu" or config.model.get("attention", "") != "auto":
+    return config
+  backend = "tpu" if device.startswith("tpu") else "gpu"
+  width, heads = config.model.get("width", 0), config.model.get("heads", 0)
+  # Of ViTs of named sizes, which have neither here.
+  head = width // heads if width and heads else 64
+  found = []
+
+  def choose(q: jax.Array) -> jax.Array:
+    found.append(attention.choose(backend, MANY_KEYS, q))
+    return q
+
+  jax.eval_shape(choose, jax.ShapeDtypeStruct((1, 1, 1, head), config.dtype))
+  if found != ["plain"]:
+    return config
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    config.model.attention = "plain"
+  return config
 
 
 def assemble(
@@ -218,13 +290,14 @@ def assemble(
     capacity, peak = host_memory(), 0.0
   else:
     seconds = device_rates.published_seconds(
-      sheet, kernels, dtype=config.dtype, parameters=needed.parameters // 4,
-      gradients=gradients(setup),
+      sheet, kernels, dtype=config.dtype, gradients=gradients(setup),
+      parameters=own(setup.state_shapes["params"]) // 4,
+      averaged=own(setup.state_shapes["average"]) // 4,
     )  # fmt: skip
     capacity = device_rates.USABLE * sheet.memory
     peak = sheet.peak[config.dtype]
     cores = cores or sheet.cores
-  traffic = _traffic(compiled, mesh, sheet)
+  traffic = _traffic(program, sheet)
   known = sheet is not None or not traffic
   plan = plan_report.Plan(
     method=config.method, device=device, mesh=mesh, dtype=config.dtype,
@@ -243,13 +316,14 @@ def assemble(
   return plan
 
 
-def _traffic(compiled: Any, mesh: Any, sheet: Any) -> tuple[Any, ...]:
+def _traffic(program: Any, sheet: Any) -> tuple[Any, ...]:
   """(kind, axes, bytes sent, seconds) of a step; None = rate not known."""
   from avjax import device_rates, step_cost
 
-  found = []
-  for one in step_cost.transfers(compiled, mesh):
-    rate = sheet and device_rates.link_rate(sheet, one.devices)
+  found, mesh = [], dict(program.setup.mesh.shape)
+  less = narrow(program.setup) if sheet else frozenset()
+  for one in step_cost.transfers(program.compiled, mesh, less):
+    rate = sheet and device_rates.slowest_rate(sheet, one.groups)
     spent = one.sent_bytes / rate if rate else None
     found.append((one.kind, one.axes, one.sent_bytes, spent))
   return tuple(found)
@@ -384,12 +458,14 @@ def main(argv: list[str]) -> None:
 
 def define_flags(values: flags.FlagValues) -> None:
   """The command's flags."""
+  from avjax import device_rates
+
   config_flags.DEFINE_config_file(
     "config", None, "The config to plan.", flag_values=values
   )
   own = {"flag_values": values}
   flags.DEFINE_string(
-    "device", "h100", "See avjax.device_rates; or cpu.", **own
+    "device", "h100", f"One of {', '.join(device_rates.NAMES)}.", **own
   )
   flags.DEFINE_integer("devices", 1, "Of the mesh.", 1, **own)
   flags.DEFINE_integer("batch_size", 0, "Instead of the config's.", 0, **own)
@@ -411,4 +487,5 @@ def define_flags(values: flags.FlagValues) -> None:
 
 if __name__ == "__main__":
   define_flags(flags.FLAGS)
-  commands.run(main, required=("config",))
+  # Compiling is timed.
+  commands.run(main, required=("config",), cache=False)

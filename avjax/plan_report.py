@@ -3,11 +3,14 @@
 See avjax.plan, which makes it.
 """
 
+import contextlib
 import dataclasses
+import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from avjax.errors import InputError
 from avjax.memory import in_words
 
 DAY = 86_400
@@ -146,6 +149,22 @@ class Plan:
     return max(parts, key=lambda name: parts[name])
 
 
+# ------------------------------------------------------------ what would fit
+
+
+@dataclasses.dataclass(frozen=True)
+class Way:
+  """Flags that make a step smaller.
+
+  Attributes:
+    flags: of the trainer.
+    share: what remains of the memory that they are about.
+  """
+
+  flags: str
+  share: float
+
+
 def remedy(plan: Plan, config: Any, prefix: str) -> str:
   """Flags with which, by arithmetic, a step would fit.
 
@@ -155,51 +174,105 @@ def remedy(plan: Plan, config: Any, prefix: str) -> str:
     prefix: of the flags, `--config.pretrain` for a stage.
 
   Split parameters help first where they are the larger part, else repeated
-  layers; then a batch in parts.
+  layers; then a batch in parts. All of it is what the trainer accepts.
   """
-  top = "--config"
-  wide = [
-    (f"{top}.mesh.fsdp={n}", n)
-    for n in range(plan.mesh["fsdp"] + 1, plan.devices + 1)
-    if plan.devices % n == 0 and n % plan.mesh["fsdp"] == 0
-    and plan.devices // plan.mesh["tensor"] >= n
-  ]  # fmt: skip
+  wide = list(_splits(plan, config))
   repeated = []
   if config.model.get("remat", "") == "none":
-    repeated = [(f"{prefix}.model.remat=full", REMAT_SHARE)]
-  own = plan.batch_size // (plan.mesh["data"] * plan.mesh["fsdp"])
-  own //= config.optimizer.accumulate
-  parts = [
-    (f"{prefix}.optimizer.accumulate={config.optimizer.accumulate * n}", 1 / n)
-    for n in range(2, own + 1)
-    if own % n == 0
-  ]
+    repeated = [Way(f"{prefix}.model.remat=full", REMAT_SHARE)]
+  parts = list(_parts(plan, config, prefix))
   one = plan.memory
   state, work = one.parameters + one.moments, one.temporary
+  same = Way("", 1.0)
 
-  def fits(split: float, share: float) -> bool:
-    return state / split + one.batch + work * share <= plan.capacity
+  def fitting(*choices: Sequence[Way]) -> list[str]:
+    """Those of the splits, layers and parts that fit together."""
+    return [
+      " ".join(way.flags for way in ways if way.flags)
+      for ways in itertools.product(*choices)
+      if state * ways[0].share + one.batch
+      + work * math.prod(way.share for way in ways[1:]) <= plan.capacity
+    ]  # fmt: skip
 
-  by_split = [[flag] for flag, n in wide if fits(n / plan.mesh["fsdp"], 1)]
-  by_work = [[flag] for flag, share in repeated + parts if fits(1, share)]
+  by_split = fitting(wide)
+  by_work = fitting([same], repeated + parts)
   first = [by_split, by_work] if state > work else [by_work, by_split]
-  both = [
-    [split, flag]
-    for split, n in wide
-    for flag, share in repeated + parts
-    if fits(n / plan.mesh["fsdp"], share)
-  ]
-  all_three = [
-    [split, again, flag]
-    for split, n in wide or [("", plan.mesh["fsdp"])]
-    for again, some in repeated or [("", 1.0)]
-    for flag, share in parts
-    if fits(n / plan.mesh["fsdp"], some * share)
-  ]
+  both = fitting(wide, repeated + parts)
+  all_three = fitting([same, *wide], [same, *repeated], parts)
   for ways in (*first, both, all_three):
     if ways:
-      return " ".join(filter(None, ways[0]))
+      return ways[0]
   return "more devices, or a smaller --batch_size"
+
+
+def _splits(plan: Plan, config: Any) -> Iterator[Way]:
+  """Of the parameters over more devices, least first."""
+  import jax
+
+  from avjax import parallel
+
+  now = plan.mesh["fsdp"]
+  for n in range(2 * now, plan.devices + 1, now):
+    axes = {"data": -1, "fsdp": n, "tensor": plan.mesh["tensor"]}
+    with contextlib.suppress(InputError):
+      parallel.make_mesh(axes, jax.devices()[:1] * plan.devices)
+      yield Way(_changed("--config.mesh", config.mesh, axes), now / n)
+
+
+def _changed(prefix: str, section: Any, values: Mapping[str, int]) -> str:
+  return " ".join(
+    f"{prefix}.{key}={value}"
+    for key, value in values.items()
+    if section[key] != value
+  )
+
+
+def _parts(plan: Plan, config: Any, prefix: str) -> list[Way]:
+  """Of the batch, fewest first.
+
+  grad_cache where the method has it, as it leaves a contrast what it is; else
+  optimizer.accumulate.
+  """
+  import jax
+
+  from avjax import methods, parallel
+
+  mesh = parallel.make_mesh(plan.mesh, jax.devices()[:1] * plan.devices)
+  method, size = methods.make(config), plan.batch_size
+  most = size // parallel.ways(mesh)
+  counts = [n for n in range(2, most + 1) if size % n == 0]
+  whole, before = config.grad_cache or size, config.optimizer.accumulate
+  caches = [
+    Way(f"{prefix}.grad_cache={size // n}", size // n / whole)
+    for n in counts
+    if size // n < whole
+    and _accepted(config, method, size, mesh, size // n, before)
+  ]  # fmt: skip
+  return caches or [
+    Way(f"{prefix}.optimizer.accumulate={n}", before / n)
+    for n in counts
+    if n > before
+    and _accepted(config, method, size, mesh, config.grad_cache, n)
+  ]  # fmt: skip
+
+
+def _accepted(
+  config: Any, method: Any, size: int, mesh: Any, cache: int, accumulate: int
+) -> bool:
+  """Whether the trainer takes a batch of this size in such parts."""
+  from avjax import experiment, grad_cache, parallel
+
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    config.grad_cache, config.optimizer.accumulate = cache, accumulate
+  try:
+    experiment.check_batch(config, size, mesh, method.batch_multiple)
+    grad_cache.check(config, method, size, parallel.ways(mesh))
+  except InputError:
+    return False
+  # What the loss itself checks; see avjax.losses_pairs.
+  group = config.model.get("group_size", 0)
+  return not group or size // accumulate % group == 0
 
 
 # -------------------------------------------------------------------- report
@@ -247,6 +320,8 @@ def _lines(plan: Plan) -> Iterator[str]:
       "all-reduce over fsdp is as the compiler for CPUs has it: those for GPUs "
       "and TPUs reduce and scatter the gradients, which is half"
     )
+  if plan.dtype == "bfloat16" and not plan.measured:
+    yield "temporary memory is that of float32, an upper bound"
   if plan.missing:
     yield (
       f"DOES NOT FIT: {in_words(plan.missing)} more than the device has; by "

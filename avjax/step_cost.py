@@ -386,42 +386,75 @@ class Transfer:
   Attributes:
     kind: a key of `collectives.SHARES`.
     axes: of the mesh, joined by " x ".
-    devices: positions in the mesh of one group.
+    groups: positions in the mesh, of each group or (source, target).
     sent_bytes: that leave a device in a step.
   """
 
   kind: str
   axes: str
-  devices: tuple[int, ...]
+  groups: hlo.Groups
   sent_bytes: float
 
+  @property
+  def devices(self) -> tuple[int, ...]:
+    """Positions in the mesh of the first group."""
+    return self.groups[0]
 
-def transfers(compiled: Any, mesh: Mapping[str, int]) -> list[Transfer]:
+
+def transfers(
+  compiled: Any,
+  mesh: Mapping[str, int],
+  narrow: frozenset[tuple[int, ...]] = frozenset(),
+) -> list[Transfer]:
   """Traffic of a program's collectives, by kind and axes, most first.
 
   Args:
     compiled: of `jax.stages.Lowered.compile`, or its text.
     mesh: axis -> devices; the last one's are next to each other.
+    narrow: sizes, see `sizes`, of what `fsdp` gathers in half precision where
+      the program has float32.
   """
   program = hlo.read(compiled)
-  sums: dict[tuple[str, tuple[int, ...]], float] = collections.Counter()
+  sums: dict[tuple[str, hlo.Groups], float] = collections.Counter()
   for name, times in _turns(program).items():
     for line in program.computations[name].values():
       one = collectives.of_line(line, program, times)
-      if one:
-        sums[one.kind, program.group(line)] += one.sent_bytes
+      if not one:
+        continue
+      groups, sent = program.groups(line), one.sent_bytes
+      if one.kind == "all-gather" and _axes_of(groups, mesh) == "fsdp":
+        sent *= _narrowed(collectives.result(line), narrow)
+      sums[one.kind, groups] += sent
   found = [
-    Transfer(kind, _axes_of(group, mesh), group, sent)
-    for (kind, group), sent in sums.items()
+    Transfer(kind, _axes_of(groups, mesh), groups, sent)
+    for (kind, groups), sent in sums.items()
   ]
   return sorted(found, key=lambda one: -one.sent_bytes)
 
 
-def _axes_of(group: tuple[int, ...], mesh: Mapping[str, int]) -> str:
-  """The axes along which the positions of a group differ."""
-  places = np.unravel_index(np.array(group), tuple(mesh.values()))
+def sizes(shape: Sequence[int]) -> tuple[int, ...]:
+  """Of an array, in order and without ones: the compiler turns arrays."""
+  return tuple(sorted(n for n in shape if n > 1))
+
+
+def _narrowed(shapes: str, narrow: frozenset[tuple[int, ...]]) -> float:
+  """Share of the bytes that remains where some arrays have half of them."""
+  total, less = 0.0, 0.0
+  for kind, shape, _ in hlo.ARRAY.findall(shapes):
+    own = [int(n) for n in shape.split(",") if n]
+    count = hlo.size(f"{kind}[{shape}]")
+    total += count
+    less += count / 2 if kind == "f32" and sizes(own) in narrow else 0.0
+  return 1 - less / total if total else 1.0
+
+
+def _axes_of(groups: hlo.Groups, mesh: Mapping[str, int]) -> str:
+  """The axes along which the positions of any group differ."""
+  sides = tuple(mesh.values())
+  ours = np.unravel_index([n for group in groups for n in group], sides)
+  first = np.unravel_index([group[0] for group in groups for _ in group], sides)
   return " x ".join(
     axis
-    for axis, where in zip(mesh, places, strict=True)
-    if len(set(where.tolist())) > 1
+    for axis, own, other in zip(mesh, ours, first, strict=True)
+    if (own != other).any()
   )

@@ -15,11 +15,16 @@ import pytest
 from absl import flags
 
 from avjax import (
+  bench_configs,
   benchmark,
   collectives,
   device_rates,
+  experiment,
   flops,
+  grad_cache,
   memory,
+  methods,
+  parallel,
   plan,
   plan_report,
   step_cost,
@@ -159,16 +164,13 @@ def test_what_limits(changes, limit):
     (60, 60, 10, "--config.mesh.fsdp=4"),
     # Activations are: layers again, then a batch in parts, then both.
     (40, 15, 40, "--config.pretrain.model.remat=full"),
-    (26, 15, 40, "--config.pretrain.optimizer.accumulate=4"),
-    (
-      14, 20, 20,
-      "--config.mesh.fsdp=4 --config.pretrain.optimizer.accumulate=8",
-    ),
+    (26, 15, 40, "--config.pretrain.grad_cache=16"),
+    (14, 20, 20, "--config.mesh.fsdp=4 --config.pretrain.grad_cache=8"),
     (1, 20, 20, "more devices, or a smaller --batch_size"),
   ],
 )  # fmt: skip
 def test_what_does_not_fit(gib, held, work, words):
-  config = runs.plain(runs.stage("cavmae_audioset"))
+  config = runs.plain(runs.stage("cavmae_audioset", mesh__data=-1))
   needed = plan_report.Memory(held << 30, 0, 1 << 20, work << 30)
   found = a_plan(memory=needed, capacity=float(gib << 30))
   assert plan_report.remedy(found, config, "--config.pretrain") == words
@@ -176,6 +178,86 @@ def test_what_does_not_fit(gib, held, work, words):
   missing = memory.in_words(needed.total - (gib << 30))
   assert f"DOES NOT FIT: {missing} more than the device has" in text
   assert words in text
+
+
+def on(devices, batch_size, tensor=1):
+  """A plan whose memory is a few GiB of state and 200 of work, of 72."""
+  return a_plan(
+    mesh={"data": devices // tensor, "fsdp": 1, "tensor": tensor},
+    batch_size=batch_size, capacity=float(72 << 30),
+    memory=plan_report.Memory(1 << 30, 2 << 30, 1 << 30, 200 << 30),
+  )  # fmt: skip
+
+
+def accepted(found, config, words):
+  """The config with the proposed flags, by what the trainer checks."""
+  config = config.copy_and_resolve_references()
+  with config.unlocked():
+    for word in words.split():
+      key, value = word.split("=")
+      *path, last = key.removeprefix("--config.").split(".")
+      place = config
+      for part in path:
+        place = place[part]
+      place[last] = int(value) if value.lstrip("-").isdigit() else value
+  one = jax.devices()[:1]
+  mesh = parallel.make_mesh(config.mesh, one * found.devices)
+  assert mesh.size == found.devices
+  method, size = methods.make(config), found.batch_size
+  experiment.check_batch(config, size, mesh, method.batch_multiple)
+  grad_cache.check(config, method, size, parallel.ways(mesh))
+  return config
+
+
+@pytest.mark.parametrize(
+  "name, devices, changes, words",
+  [
+    # Each of 64 devices takes 6 clips together.
+    ("avsiam_audioset", 64, {}, "--config.grad_cache=384"),
+    ("cavmae_audioset", 1, {}, "--config.grad_cache=36"),
+    ("cavmae_audioset", 1, {"grad_cache": 12}, "--config.grad_cache=4"),
+    # Which grad_cache refuses; the contrast's groups of 27 stay whole.
+    (
+      "cavmae_audioset", 1, {"data.augment.mixup": 0.5},
+      "--config.optimizer.accumulate=4",
+    ),
+    ("cavmae_vgg_finetune", 2, {}, "--config.optimizer.accumulate=3"),
+  ],
+)  # fmt: skip
+def test_a_batch_in_parts_that_the_trainer_accepts(
+  name, devices, changes, words
+):
+  config = bench_configs.load(name)
+  with config.unlocked():
+    config.update_from_flattened_dict(changes)
+    if "remat" in config.model:
+      config.model.remat = "full"
+  found = on(devices, config.batch_size)
+  assert plan_report.remedy(found, config, "--config") == words
+  made = accepted(found, config, words)
+  if config.model.get("group_size", 0):
+    part = made.batch_size // made.optimizer.accumulate
+    assert part % config.model.group_size == 0
+
+
+def test_splits_are_of_meshes_that_there_are():
+  """Twelve devices are no 4 x 2 x any."""
+  config = bench_configs.load("cavmae_audioset")
+  with config.unlocked():
+    config.mesh.tensor = 2
+  found = on(12, 108, tensor=2)
+  for gib, words in ((80, 2), (150, 3), (250, 6)):
+    state = plan_report.Memory(gib << 30, 0, 1 << 30, 10 << 30)
+    large = dataclasses.replace(found, memory=state)
+    flag = f"--config.mesh.fsdp={words}"
+    assert plan_report.remedy(large, config, "--config") == flag
+    accepted(large, config, flag)
+  # An axis that was given gives way.
+  with config.unlocked():
+    config.mesh.data = 6
+  words = plan_report.remedy(large, config, "--config")
+  assert words == "--config.mesh.data=-1 --config.mesh.fsdp=6"
+  accepted(large, config, words)
 
 
 def test_an_unknown_device_is_refused_with_the_nearest():
@@ -202,6 +284,140 @@ def test_links_within_a_host_and_beyond():
   assert rate(0, 1, 7) == 450e9
   assert rate(0, 8, 16) == 50e9
   assert rate(*range(16)) == 400e9
+
+
+RING = """HloModule ring, num_partitions=16
+ENTRY %main (x: f32[64,4]) -> f32[64,4] {{
+  %x = f32[64,4]{{1,0}} parameter(0)
+  ROOT %p = f32[64,4]{{1,0}} collective-permute(%x), source_target_pairs={{{}}}
+}}
+"""
+
+
+@pytest.mark.parametrize(
+  "step, axes, rate",
+  [
+    (1, "data x fsdp", 0.8 * 50e9),  # 7 to 8 and 15 to 0: a card each
+    (8, "data", 0.8 * 50e9),
+  ],
+)
+def test_a_ring_is_as_fast_as_its_slowest_pair(step, axes, rate):
+  pairs = ",".join(f"{{{n},{(n + step) % 16}}}" for n in range(16))
+  mesh = types.SimpleNamespace(shape={"data": 2, "fsdp": 8, "tensor": 1})
+  config = types.SimpleNamespace(dtype="float32")
+  program = types.SimpleNamespace(
+    compiled=RING.format(pairs),
+    setup=types.SimpleNamespace(mesh=mesh, config=config),
+  )
+  (found,) = plan._traffic(program, device_rates.DEVICES["h100"])
+  assert found[:3] == ("collective-permute", axes, 1_024)
+  assert found[3] == pytest.approx(1_024 / rate)
+
+
+@pytest.mark.parametrize(
+  "device, dtype, name",
+  [
+    ("cpu", "float32", "auto"),
+    ("tpu-v5e", "float32", "plain"),
+    ("tpu-v5e", "bfloat16", "plain"),
+    ("h100", "float32", "plain"),
+    ("h100", "bfloat16", "auto"),
+  ],
+)
+def test_attention_is_that_of_the_device(device, dtype, name, monkeypatch):
+  """Where it is cuDNN's, auto leaves blocks, which need as little memory."""
+
+  class Stop(Exception):
+    pass
+
+  def program(setup):
+    assert setup.config.model.attention == name
+    raise Stop
+
+  monkeypatch.setattr(benchmark, "Program", program)
+  config = small(dtype=dtype)
+  assert config.model.attention == "auto"
+  with pytest.raises(Stop):
+    plan.make(config, device, clips=1_000)
+  assert config.model.attention == "auto"
+
+
+def test_heads_that_cudnn_does_not_know():
+  config = small(dtype="bfloat16", model__width=36, model__heads=3)
+  assert plan.with_attention(config, "h100").model.attention == "plain"
+  # UAVM's have 256 numbers; a ViT of a named size has 64 to 80.
+  for name, found in (("uavm_vgg", "plain"), ("avmae_vgg", "auto")):
+    config = bench_configs.load(name, dtype="bfloat16")
+    assert plan.with_attention(config, "h100").model.attention == found
+
+
+def test_split_parameters_travel_in_half_precision():
+  """The compiler for CPUs has float32 in both programs."""
+  sheet, sent, plain = device_rates.DEVICES["h100"], {}, {}
+  for dtype in ("float32", "bfloat16"):
+    config = small(mesh__data=2, mesh__fsdp=4, dtype=dtype)
+    setup = plan.prepared(config, 0, 1_000, contextlib.ExitStack())
+    program = benchmark.Program(setup)
+    for found, device in ((sent, sheet), (plain, None)):
+      rows = plan._traffic(program, device)
+      found[dtype] = {row[:2]: row[2] for row in rows}
+  gathered = ("all-gather", "fsdp")
+  assert plain["bfloat16"][gathered] == plain["float32"][gathered]
+  assert sent["bfloat16"][gathered] == sent["float32"][gathered] / 2
+  # What is reduced and what is gathered of the batch stays.
+  for rows in (sent["bfloat16"], plain["bfloat16"]):
+    rows.pop(gathered)
+  assert sent["bfloat16"] == plain["bfloat16"]
+
+
+def test_a_mean_is_not_what_the_optimiser_updates(compiled):
+  """Twelve bytes a number, not Adam's."""
+  program, seconds = compiled(1, 1), []
+  state = program.setup.state_shapes
+  for average in ({}, {"mean": state["params"]}):
+    setup = dataclasses.replace(
+      program.setup, state_shapes={**state, "average": average}
+    )
+    changed = types.SimpleNamespace(**{**vars(program), "setup": setup})
+    found = plan.assemble(changed, [], "h100", None, clips=1_000)
+    seconds.append(found.other_s)
+  count = parameters(program.setup) // 4
+  speed = 0.9 * device_rates.DEVICES["h100"].bandwidth
+  assert seconds[0] == pytest.approx(30 * count / speed)
+  assert seconds[1] - seconds[0] == pytest.approx(12 * count / speed)
+
+
+@pytest.mark.parametrize(
+  "row, config, argument",
+  [
+    ("one_frame", "cavmae_audioset", ""),
+    ("sixteen_frames", "avmae_vgg", "size=B"),
+    ("features", "uavm_vgg", ""),
+  ],
+)
+def test_clips_a_core_are_those_measured(row, config, argument):
+  rows = json.loads((runs.ROOT / "docs" / "speed.json").read_text())
+  (measured,) = [
+    one
+    for one in rows["rows"]
+    if one["kind"] == "pipeline" and one["name"] == row
+  ]
+  found = plan.clips_per_core(bench_configs.load(config, argument))
+  assert found == pytest.approx(measured["clips_per_s"], rel=0.01)
+
+
+def test_half_precision_has_the_memory_of_float32():
+  words = "temporary memory is that of float32, an upper bound"
+  assert words in plan_report.report(a_plan())
+  assert words not in plan_report.report(a_plan(dtype="float32"))
+  assert words not in plan_report.report(a_plan(measured=True))
+
+
+def test_devices_are_named_by_the_help():
+  values = flags.FlagValues()
+  plan.define_flags(values)
+  for name in device_rates.NAMES:
+    assert name in values["device"].help
 
 
 LOOP = """HloModule step, num_partitions=4
