@@ -45,6 +45,10 @@ from avjax.errors import InputError
 # How often what is timed counts, by kind of device.
 REPEATS = {"cpu": 5}
 REPEATS_ELSEWHERE = 20
+# FLOPs of one timed call of such a product, so that the call itself costs
+# nothing: some ten milliseconds of what is fast, a second of a CPU's core.
+PEAK_FLOPS = {"cpu": 2e10}
+PEAK_FLOPS_ELSEWHERE = 2e13
 # Rows, inner and columns of the products whose best rate is called the peak.
 PEAK_SHAPES = ((944, 768, 3072), (1888, 768, 768), (1024, 1024, 1024),
                (8192, 8192, 8192))  # fmt: skip
@@ -90,6 +94,16 @@ def timed(
   return [pick(times) for times in seconds]
 
 
+def default_dtype(device: str) -> str:
+  """In which steps are measured where --dtype does not say it."""
+  return "float32" if device == "cpu" else "bfloat16"
+
+
+def peak_times(flops: int, device: str) -> int:
+  """How often a product of so many FLOPs is done in one timed call."""
+  return max(1, round(PEAK_FLOPS.get(device, PEAK_FLOPS_ELSEWHERE) / flops))
+
+
 def peak_functions(dtype: str, device: str) -> list[tuple[int, Any]]:
   """(FLOPs, function) of the products that measure the peak."""
   from avjax import device_rates
@@ -98,8 +112,7 @@ def peak_functions(dtype: str, device: str) -> list[tuple[int, Any]]:
   result = []
   for m, k, n in PEAK_SHAPES[: 3 if device == "cpu" else 4]:
     product = Product(dtype, (m, k), (k, n), (((1,), (0,)), ((), ())))
-    # Several in one call, so that the call itself costs nothing.
-    times = max(1, round(2e10 / product.flops))
+    times = peak_times(product.flops, device)
     loop = device_rates.product_loop(product)
     result.append((times * product.flops, functools.partial(loop, times)))
   return result
@@ -168,13 +181,16 @@ class Step(Program):
     jax.block_until_ready(metrics)
 
   def _dearest(self, now: Callable[[], float]) -> int:
-    """The number of the step that takes longest, of the first few."""
-    seconds = []
-    for self._number in range(TRIED):
+    """The number of the step that takes longest, of the first few.
+
+    Each runs twice and its lesser time counts: the first of a kind is cold.
+    """
+    seconds = np.empty((2, TRIED))
+    for again, self._number in np.ndindex(2, TRIED):
       began = now()
       self()
-      seconds.append(now() - began)
-    return int(np.argmax(seconds[1:])) + 1  # the first one warms up
+      seconds[again, self._number] = now() - began
+    return int(np.argmax(seconds.min(0)))
 
 
 def time_steps(steps: list[Step], repeats: int) -> tuple[list[float], float]:
@@ -345,6 +361,19 @@ def pin() -> None:
   os.environ["NPROC"] = os.environ["OMP_NUM_THREADS"] = "1"
 
 
+def refuse_pin(pinned: bool, device: str) -> None:
+  """One core would feed the device, which would wait for it.
+
+  Raises:
+    InputError: pinned, and the device is no CPU.
+  """
+  if pinned and device != "cpu":
+    raise InputError(
+      f"--pin binds the process to 1 of {os.cpu_count()} cores, which would "
+      f"have to feed the {device}: leave it out, or set JAX_PLATFORMS=cpu"
+    )
+
+
 def place(pinned: bool) -> str:
   """What was measured on, in words."""
   import jax
@@ -366,6 +395,9 @@ def main(argv: list[str]) -> None:
 
     speed_page.command(values, argv[1:])
     return
+  import jax
+
+  refuse_pin(values.pin, jax.default_backend())
   if values.compare:
     from avjax import throughput
 
@@ -419,7 +451,8 @@ def define_flags(values: flags.FlagValues) -> None:
   )
   flags.DEFINE_string("from_json", "", "Print its tables again.", **own)
   flags.DEFINE_bool("demo", False, "Of --compare, --page: demo size.", **own)
-  flags.DEFINE_enum("dtype", "float32", DTYPES, "Of --compare, --page.", **own)
+  words = "Of --compare, --page; default float32 on a CPU, bfloat16 elsewhere."
+  flags.DEFINE_enum("dtype", None, DTYPES, words, **own)
 
 
 if __name__ == "__main__":

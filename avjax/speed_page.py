@@ -39,7 +39,15 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from multiprocessing import connection
 from typing import Any
 
-from avjax import bench_configs, commands, errors, speed_rows, speed_tables
+from avjax import (
+  allocator,
+  bench_configs,
+  benchmark,
+  commands,
+  errors,
+  speed_rows,
+  speed_tables,
+)
 from avjax import config as config_lib
 from avjax.errors import InputError
 from avjax.speed_rows import Task
@@ -165,24 +173,25 @@ def command(values: Any, words: Sequence[str]) -> None:
     return
   path = pathlib.Path(values.json) if values.json else None
   rows = read(path) if path and path.exists() else []
-  tasks = option_tasks(values, words) if values.options else page_tasks(
-    values, words
-  )  # fmt: skip
-  measure_all(tasks, rows, path, pinned=values.pin)
+  if not values.options:
+    names_of(words)  # a wrong one is refused before a process starts
+  place = apart(speed_rows.place) | {"pinned": values.pin}
+  benchmark.refuse_pin(values.pin, place["backend"])
+  if values.options:
+    tasks = option_tasks(values, words)
+  else:
+    tasks = page_tasks(values, words, place["backend"])
+  failed = measure_all(tasks, rows, path, place)
   print(speed_tables.tables(rows))
-  failed = [row["name"] for row in rows if "failed" in row]
   if failed:
-    raise InputError(f"not measured: {', '.join(failed)}; the table says why")
+    raise InputError(f"not measured: {'; '.join(failed)}")
 
 
 # ------------------------------------------------------------ what to measure
 
 
-def page_tasks(values: Any, words: Sequence[str]) -> list[tuple[Task, Row]]:
-  """Tasks of the page, or of its rows and kinds that `words` names.
-
-  Returns:
-    Each with what its row says of it.
+def names_of(words: Sequence[str]) -> set[str]:
+  """Rows of the page that words name, which are rows or kinds; none: all.
 
   Raises:
     InputError: no such row or kind.
@@ -190,11 +199,28 @@ def page_tasks(values: Any, words: Sequence[str]) -> list[tuple[Task, Row]]:
   known = {name: (name,) for name in PAGE}
   for kind in KINDS:
     known[kind] = tuple(n for n, line in PAGE.items() if line.kind == kind)
-  named = {
+  return {
     name
     for word in words or KINDS
     for name in errors.lookup(known, word, "row of the page")
   }
+
+
+def page_tasks(
+  values: Any, words: Sequence[str], device: str = "cpu"
+) -> list[tuple[Task, Row]]:
+  """Tasks of the page's rows that `words` names, see `names_of`.
+
+  Args:
+    values: the command's flags.
+    words: as of `names_of`.
+    device: kind of it; --dtype's default is its own.
+
+  Returns:
+    Each with what its row says of it.
+  """
+  named = names_of(words)
+  dtype = values.dtype or benchmark.default_dtype(device)
   return [
     (
       Task(
@@ -202,7 +228,7 @@ def page_tasks(values: Any, words: Sequence[str]) -> list[tuple[Task, Row]]:
         name=name,
         config=config_lib.plain(
           bench_configs.load(
-            line.config, line.argument, dtype=values.dtype, demo=values.demo
+            line.config, line.argument, dtype=dtype, demo=values.demo
           )
         ),
         batch_size=values.batch_size or line.batch_size,
@@ -310,8 +336,10 @@ def write(path: pathlib.Path, rows: Sequence[Row]) -> None:
 
 # A row takes the place of an earlier one that agrees in these.
 SAME = (
-  "kind", "name", "of", "device", "devices", "pinned", "dtype", "asked",
+  "kind", "name", "of", "device", "devices", "pinned", "dtype", "asked", "host",
 )  # fmt: skip
+# Kinds in which the host works, too; its processor is told beside a device.
+OF_HOST = ("pipeline", "mel", "together")
 # It is not measured again where these agree too.
 CURRENT = ("config", "repeats_asked", "jax", "avjax")
 
@@ -327,7 +355,7 @@ def facts(task: Task, place: Row, about: Row) -> Row:
     "kind": task.kind,
     "name": task.name,
     **about,
-    **place,
+    **{k: v for k, v in place.items() if k != "host" or task.kind in OF_HOST},
     "dtype": task.config["dtype"],
     "asked": task.batch(place["backend"]),
     "repeats_asked": task.repeats,
@@ -342,10 +370,14 @@ def agree(a: Row, b: Row, keys: Iterable[str]) -> bool:
 
 
 def put(rows: list[Row], row: Row) -> None:
-  """Adds a row, or puts it in the place of the one it stands for."""
+  """Adds a row, or puts it in the place of the one it stands for.
+
+  One that failed takes the place of no numbers.
+  """
   for number, old in enumerate(rows):
     if agree(old, row, SAME):
-      rows[number] = row
+      if "failed" not in row or "failed" in old:
+        rows[number] = row
       return
   rows.append(row)
 
@@ -357,18 +389,19 @@ def measure_all(
   tasks: Sequence[tuple[Task, Row]],
   rows: list[Row],
   path: pathlib.Path | None,
-  *,
-  pinned: bool,
-) -> None:
+  place: Row,
+) -> list[str]:
   """Measures what is not in the rows yet; adds it to them and to the file.
 
   Args:
     tasks: with what their rows say of them.
     rows: of the record so far.
     path: of the record; None = there is none.
-    pinned: whether this process is bound to one core.
+    place: what is measured on, see speed_rows.place; `pinned` too.
+
+  Returns:
+    The names of the rows that failed now, with why.
   """
-  place = apart(speed_rows.place) | {"pinned": pinned}
   wanted = [(task, facts(task, place, about)) for task, about in tasks]
   left = [
     (task, about)
@@ -379,7 +412,7 @@ def measure_all(
   ]
   if len(left) < len(wanted):
     _say(f"{len(wanted) - len(left)} of {len(wanted)} rows are there already")
-  began = time.monotonic()
+  began, failed = time.monotonic(), []
   for number, (task, about) in enumerate(left, 1):
     row = about | {
       "date": datetime.date.today().isoformat(),
@@ -390,6 +423,7 @@ def measure_all(
       row |= apart(speed_rows.measure, task)
     except InputError as error:
       row["failed"] = str(error)
+      failed.append(f"{task.name}: {error}")
     now = time.monotonic()
     row["took_s"] = round(now - started, 1)
     put(rows, row)
@@ -401,6 +435,7 @@ def measure_all(
       f"[{number}/{len(left)}] {task.kind} {task.name}: {found} in "
       f"{row['took_s']:.0f} s; about {rest:.0f} min left"
     )
+  return failed
 
 
 def _say(words: str) -> None:
@@ -436,6 +471,7 @@ def apart(function: Callable[..., Any], *args: Any) -> Any:
 
 def _tell(pipe: Any, function: Callable[..., Any], args: Any) -> None:
   threading.Thread(target=_end_with_parent, daemon=True).start()
+  allocator.keep()  # as where training runs
   try:
     pipe.send(("", function(*args)))
   except InputError as error:

@@ -28,6 +28,7 @@ import functools
 import json
 import math
 import os
+import pathlib
 import sys
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -38,7 +39,9 @@ from absl import flags
 from avjax import bench_configs, benchmark, commands
 from avjax.errors import InputError, lookup
 
-BATCH_SIZES = {"cavmae": 4, "avsiam": 6, "stack": 8}
+# By kind of device; small ones would not fill a GPU.
+BATCH_SIZES = {"cpu": {"cavmae": 4, "avsiam": 6, "stack": 8}}
+BATCH_SIZES_ELSEWHERE = {"cavmae": 64, "avsiam": 96, "stack": 128}
 TOKENS = 118  # of a sequence of the stack
 RATE = 1e-4
 COLUMNS = ("system", "batch", "parameters", "GFLOP/clip", "ours, clips/s",
@@ -96,26 +99,51 @@ class Row:
 # --- Systems -----------------------------------------------------------------
 
 
-def pretraining(name: str, batch_size: int, depth: int) -> Pair:
-  """Whole steps of a system's pre-training."""
-  import jax
+def batch_of(name: str, batch_size: int, device: str) -> int:
+  """What is asked for, or the system's own on a kind of device where it is 0.
 
-  from avjax import flops, methods, throughput
+  Raises:
+    InputError: no such system, the nearest is named; or it does not take it.
+  """
+  make = lookup(SYSTEMS, name, "system")
+  sizes = BATCH_SIZES.get(device, BATCH_SIZES_ELSEWHERE)
+  batch_size = batch_size or sizes[name]
+  if make is pretraining:
+    checked(name, batch_size, device)
+  return batch_size
 
-  half = jax.default_backend() != "cpu"
+
+def checked(name: str, batch_size: int, device: str) -> tuple[Any, Any]:
+  """Config and method of a system that takes such a batch.
+
+  Raises:
+    InputError: it does not.
+  """
+  from avjax import methods, throughput
+
+  dtype = benchmark.default_dtype(device)
   with contextlib.ExitStack() as stack:
-    config = throughput.config_of(
-      name, stack, dtype="bfloat16" if half else "float32"
-    )
-  if depth:
-    config.model.update(depth=depth, decoder_depth=depth)
-  config = bench_configs.with_groups(config, batch_size)
+    config = throughput.config_of(name, stack, dtype=dtype)
   method = methods.make(config)
   if batch_size % method.batch_multiple:
     raise InputError(
       f"--batch_size={batch_size}: {name} takes {method.batch_multiple} "
       "examples together"
     )
+  return config, method
+
+
+def pretraining(name: str, batch_size: int, depth: int) -> Pair:
+  """Whole steps of a system's pre-training."""
+  import jax
+
+  from avjax import flops, methods
+
+  config, _ = checked(name, batch_size, jax.default_backend())
+  if depth:
+    config.model.update(depth=depth, decoder_depth=depth)
+  config = bench_configs.with_groups(config, batch_size)
+  method = methods.make(config)
   inputs = noise(config, batch_size)
   params = drawn(jax.eval_shape(method.init, jax.random.key(0), inputs))
   count, theirs = torch_step(name, config, params, inputs)
@@ -239,7 +267,7 @@ def blocks(name: str, batch_size: int, depth: int) -> Pair:
   module = transformer.Transformer(
     size.depth, size.heads, size.mlp, cav_encoder.EPS, "erf", norm=False
   )
-  dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+  dtype = benchmark.default_dtype(jax.default_backend())
   shape = (batch_size, TOKENS, size.width)
   x = np.random.default_rng(0).standard_normal(shape, np.float32)
   params = jax.eval_shape(module.init, jax.random.key(0), x)["params"]
@@ -253,8 +281,8 @@ def blocks(name: str, batch_size: int, depth: int) -> Pair:
     return jnp.mean(y.astype(jnp.float32) ** 2)
 
   both = jax.value_and_grad(loss, argnums=(0, 1))
-  there = jax.device_put(x)
-  compiled = jax.jit(both).lower(params, there).compile()
+  placed = jax.device_put((params, x))
+  compiled = jax.jit(both).lower(*placed).compile()
   device = torch_device()
   other = torch_standin.Stack(size.depth, size, cav_encoder.EPS)
   torch_standin.load(other, params)
@@ -266,7 +294,7 @@ def blocks(name: str, batch_size: int, depth: int) -> Pair:
   )  # fmt: skip
   mine = sum(math.prod(p.shape) for p in jax.tree.leaves(params))
   return Pair(
-    lambda: jax.block_until_ready(compiled(params, there)),
+    lambda: jax.block_until_ready(compiled(*placed)),
     synchronised(run),
     batch_size,
     count,
@@ -323,7 +351,7 @@ def torch_peaks(device: str) -> list[tuple[int, Callable[[], None]]]:
   for m, k, n in benchmark.PEAK_SHAPES[: 3 if device == "cpu" else 4]:
     left = torch.ones(m, k, device=device, dtype=dtype)
     right = torch.ones(k, n, device=device, dtype=dtype)
-    times = max(1, round(2e10 / (2 * m * k * n)))
+    times = benchmark.peak_times(2 * m * k * n, device)
 
     def run(left: Any = left, right: Any = right, times: int = times) -> None:
       for _ in range(times):
@@ -337,17 +365,18 @@ def measure(name: str, batch_size: int, repeats: int, depth: int) -> Row:
   """One system.
 
   Raises:
-    InputError: no such system, the nearest is named; or both sides have not
-      the same number of parameters.
+    InputError: as `batch_of`; or both sides have not the same number of
+      parameters.
   """
   import jax
 
-  device, make = jax.default_backend(), lookup(SYSTEMS, name, "system")
-  pair = make(name, batch_size or BATCH_SIZES[name], depth)
+  device = jax.default_backend()
+  batch_size = batch_of(name, batch_size, device)
+  pair = SYSTEMS[name](name, batch_size, depth)
   mine, other = pair.parameters
   if mine != other:
     raise InputError(f"{name} trains {mine} numbers, in PyTorch {other}")
-  dtype = "float32" if device == "cpu" else "bfloat16"
+  dtype = benchmark.default_dtype(device)
   peaks = benchmark.peak_functions(dtype, device), torch_peaks(torch_device())
   functions = [pair.ours, pair.theirs]
   functions += [f for side in peaks for _, f in side]
@@ -384,8 +413,24 @@ def table(rows: Iterable[Row], title: str) -> str:
   return "\n".join(lines)
 
 
+def title(rows: list[Row], pinned: bool, repeats: int) -> str:
+  """What was measured, and on what."""
+  import jax
+
+  from avjax import torch_standin
+
+  cpu = jax.default_backend() == "cpu"
+  kind = "float32, least" if cpu else "bfloat16, median"
+  peaks = max(r.ours_peak for r in rows), max(r.theirs_peak for r in rows)
+  return (
+    f"Steps beside PyTorch {torch_standin.torch.__version__} on "
+    f"{benchmark.place(pinned)}, {kind} of {repeats}; matrix products "
+    f"{peaks[0] / 1e9:.1f} GFLOP/s, PyTorch's {peaks[1] / 1e9:.1f}"
+  )
+
+
 def main(argv: list[str]) -> None:
-  """Prints the table; with --json also writes it."""
+  """Prints the table; with --json also writes it, after each system."""
   values = flags.FLAGS
   names = argv[1:] or list(SYSTEMS)
   for name in names:
@@ -399,33 +444,37 @@ def main(argv: list[str]) -> None:
   from avjax import torch_standin
 
   device = jax.default_backend()
+  benchmark.refuse_pin(values.pin, device)
+  for name in names:
+    batch_of(name, values.batch_size, device)
   if device == "cpu":
     torch_standin.torch.set_num_threads(1)
   repeats = benchmark.counted(device, values.repeats)
-  rows = []
-  for number, name in enumerate(names, 1):
-    rows.append(measure(name, values.batch_size, repeats, values.depth))
-    found = f"[{number}/{len(names)}] {name}: ratio {rows[-1].ratio:.2f}"
-    print(found, file=sys.stderr, flush=True)
-  kind = "float32, least" if device == "cpu" else "bfloat16, median"
-  peaks = max(r.ours_peak for r in rows), max(r.theirs_peak for r in rows)
-  title = (
-    f"Steps beside PyTorch {torch_standin.torch.__version__} on "
-    f"{benchmark.place(values.pin)}, {kind} of {repeats}; matrix products "
-    f"{peaks[0] / 1e9:.1f} GFLOP/s, PyTorch's {peaks[1] / 1e9:.1f}"
-  )
-  print(table(rows, title))
-  if values.json:
-    with open(values.json, "w") as file:
-      record = {"title": title, "rows": [dataclasses.asdict(r) for r in rows]}
-      json.dump(record, file, indent=2)
+  rows: list[Row] = []
+  try:
+    for number, name in enumerate(names, 1):
+      rows.append(measure(name, values.batch_size, repeats, values.depth))
+      found = f"[{number}/{len(names)}] {name}: ratio {rows[-1].ratio:.2f}"
+      print(found, file=sys.stderr, flush=True)
+      if values.json:
+        head = title(rows, values.pin, repeats)
+        record = {"title": head, "rows": [dataclasses.asdict(r) for r in rows]}
+        pathlib.Path(values.json).write_text(json.dumps(record, indent=2))
+  finally:  # what is measured is not lost with a later system
+    if rows:
+      print(table(rows, title(rows, values.pin, repeats)), flush=True)
 
 
 def define_flags(values: flags.FlagValues) -> None:
   """The command's flags."""
   own = {"flag_values": values}
   flags.DEFINE_integer(
-    "batch_size", 0, f"Of all systems; default {BATCH_SIZES}.", 0, **own
+    "batch_size",
+    0,
+    f"Of all systems; default {BATCH_SIZES['cpu']}, on a GPU "
+    f"{BATCH_SIZES_ELSEWHERE}.",
+    0,
+    **own,
   )
   flags.DEFINE_integer(
     "repeats", None, "Counted; default 5, on a GPU 20.", 1, **own

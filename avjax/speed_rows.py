@@ -22,18 +22,21 @@ from avjax import bench_configs, benchmark, errors
 from avjax import config as config_lib
 from avjax.errors import InputError
 
-# Part of a device's name -> FLOP/s of dense 16-bit matrix products, as the
-# vendor's data sheets have them (bfloat16; of V100 float16). The longest part
-# that fits counts.
+# Words of a device's name -> FLOP/s of dense 16-bit matrix products, as the
+# vendor's data sheets have them (bfloat16; of V100 float16). The longest that
+# fit count.
 VENDOR_PEAKS = {
   "H100": 989e12,
   "H100 PCIe": 756e12,
   "H100 NVL": 835e12,
   "H200": 989e12,
+  "H200 NVL": 835e12,
   "A100": 312e12,
   "V100": 125e12,
   "RTX A5000": 111e12,
 }
+# Words of devices of the same name that have less.
+LESSER = ("laptop", "mig")
 ROUNDS = 5  # of the pipeline's rows
 CLIPS = 256  # in such a round
 VIEWS = 10
@@ -70,15 +73,14 @@ def place() -> dict[str, Any]:
   """What this process measures on."""
   import jax
 
-  device = jax.devices()[0]
-  kind = device.device_kind
-  if device.platform == "cpu":
-    kind = processor()
+  kind, backend = jax.devices()[0].device_kind, jax.default_backend()
+  cpu = backend == "cpu"
   return {
-    "backend": jax.default_backend(),
-    "device": kind,
+    "backend": backend,
+    "device": processor() if cpu else kind,
     "devices": jax.device_count(),
     "jax": jax.__version__,
+    **({} if cpu else {"host": processor()}),
   }
 
 
@@ -93,7 +95,11 @@ def processor() -> str:
 
 def vendor_peak(device: str) -> float:
   """FLOP/s of VENDOR_PEAKS; 0 where the device is not there."""
-  found = [name for name in VENDOR_PEAKS if name.lower() in device.lower()]
+  words = device.lower().replace("-", " ").split()
+  text = f" {' '.join(words)} "
+  found = [name for name in VENDOR_PEAKS if f" {name.lower()} " in text]
+  if set(words) & set(LESSER):
+    return 0.0
   return VENDOR_PEAKS[max(found, key=len)] if found else 0.0
 
 

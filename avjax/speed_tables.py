@@ -80,7 +80,7 @@ KINDS: dict[str, tuple[str, tuple[Column, ...], tuple[str, ...]]] = {
   "together": ("End to end, {dtype}", TOGETHER, ("dtype",)),
   "options": ("Options of {of}, batch {asked}", OPTIONS, ("of", "asked")),
 }
-PLACE = ("backend", "device", "devices", "pinned")
+PLACE = ("backend", "device", "devices", "pinned", "host")
 # Where a row has none of them, the column is left out.
 OPTIONAL = ("MFU", "measured memory", "KB/picture", "KB/record")
 
@@ -132,11 +132,17 @@ def place(rows: Sequence[Row]) -> str:
     if row["pinned"]
     else f"{row['devices']} x {row['device']}"
   ]
+  if row.get("host"):
+    words.append(f"host {row['host']}")
   cpu = row["backend"] == "cpu"
   if cpu or host:
     words.append("per CPU second")
   if row["kind"] != "pipeline":
-    words.append(f"{'least' if cpu else 'median'} of the repeats")
+    # The options' table has no column of them.
+    count = {r["repeats"] for r in rows if "repeats" in r}
+    one = row["kind"] == "options" and len(count) == 1
+    of = f"{max(count)}" if one else "the"
+    words.append(f"{'least' if cpu else 'median'} of {of} repeats")
   peaks = [r["peak_flops_per_s"] for r in rows if "peak_flops_per_s" in r]
   if peaks:
     low, high = (f"{x / 1e9:.1f}" for x in (min(peaks), max(peaks)))

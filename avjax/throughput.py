@@ -84,20 +84,21 @@ class Row:
 
 def command(values: Any, names: Iterable[str]) -> tuple[str, str, list[Row]]:
   """Title, table and rows for the flags of avjax.benchmark."""
+  device = jax.default_backend()
+  dtype = values.dtype or benchmark.default_dtype(device)
   with contextlib.ExitStack() as stack:
     configs = {
-      name: config_of(name, stack, dtype=values.dtype, demo=values.demo)
+      name: config_of(name, stack, dtype=dtype, demo=values.demo)
       for name in names
     }
     batch_size = values.batch_size or BATCH_SIZE
-    device = jax.default_backend()
     repeats = benchmark.counted(device, values.repeats)
     rows, peak = compare(configs, batch_size, repeats)
   size = "demo" if values.demo else "Base"
   best = "least" if device == "cpu" else "median"
   title = (
     f"Pre-training steps of {size} models on {benchmark.place(values.pin)}, "
-    f"{values.dtype}, batch {batch_size}, {best} of {repeats}; peak "
+    f"{dtype}, batch {batch_size}, {best} of {repeats}; peak "
     f"{peak / 1e9:.1f} GFLOP/s"
   )
   return title, table(rows, title, memory.measured_peak()), rows

@@ -153,6 +153,7 @@ class Autoencoder(nn.Module):
   def __init__(self, model: Any, grids: Grids, table: Any, eps: float):
     super().__init__()
     self.model, self.grids = model, dict(grids)
+    self.group = model.get("group_size", 0)  # torch.compile stops at `get`
     self.size = size = sizes.resolve(model)
     self.decoder_size = small = sizes.resolve(model, "decoder_", table)
     self.pixels = {
@@ -242,7 +243,7 @@ class Autoencoder(nn.Module):
     self, anchors: Float[Tensor, "b d"], candidates: Float[Tensor, "b d"]
   ) -> Float[Tensor, ""]:
     """InfoNCE of each anchor among its group's candidates."""
-    size = self.model.get("group_size", 0) or len(anchors)
+    size = self.group or len(anchors)
     rows, columns = (
       F.normalize(x.float(), dim=1).unflatten(0, (-1, size))
       for x in (anchors, candidates)

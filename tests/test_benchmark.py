@@ -8,7 +8,13 @@ import jax.numpy as jnp
 import pytest
 from absl import flags
 
-from avjax import bench_configs, benchmark, experiment, throughput
+from avjax import (
+  bench_configs,
+  benchmark,
+  device_rates,
+  experiment,
+  throughput,
+)
 from avjax.data import object_scores, text
 from avjax.errors import InputError
 from configs import cavmae_audioset
@@ -173,3 +179,69 @@ def test_a_step_that_draws_what_it_computes_is_timed_at_its_dearest():
   step()
   step()
   assert done[-2:] == [5, 5]
+
+
+def test_the_dearest_step_is_no_cold_one():
+  """The first of each kind takes longer, whatever it computes."""
+  step, done = object.__new__(benchmark.Step), []
+
+  def compiled(state, batch):
+    done.append(int(state["step"]))
+    return state, ()
+
+  def now():
+    dear, cold = done.count(5), len(set(done) & {5, 9})
+    return 10 * dear + 50 * cold + 30 * (9 in done)
+
+  step.compiled, step.state, step._batch = compiled, {"step": jnp.int32(0)}, {}
+  assert step._dearest(now) == 5
+
+
+@pytest.mark.parametrize(
+  "device, shapes, count", [("cpu", 3, 2e10), ("gpu", 4, 2e13)]
+)
+def test_products_of_the_peak_fill_the_device(
+  monkeypatch, device, shapes, count
+):
+  """One call of them takes far longer than a call takes to begin."""
+
+  def product_loop(product):
+    return lambda times: times * product.flops
+
+  monkeypatch.setattr(device_rates, "product_loop", product_loop)
+  found = benchmark.peak_functions("bfloat16", device)
+  assert len(found) == shapes
+  for flops, loop in found:
+    assert flops == loop() == pytest.approx(count, rel=0.2)
+
+
+# ml_collections reads config files in a way that Python will drop.
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
+@pytest.mark.parametrize(
+  "words", [("--compare", "avmae"), ("--config=configs/uavm_vgg.py",)]
+)
+def test_no_pinned_core_feeds_a_gpu(words, monkeypatch):
+  monkeypatch.chdir(runs.ROOT)
+  monkeypatch.setattr(benchmark, "pin", lambda: None)
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(throughput, "command", None)
+  monkeypatch.setattr(benchmark, "benchmark", None)
+  values, argv = parse(*words, "--pin")
+  monkeypatch.setattr(flags, "FLAGS", values)
+  with pytest.raises(InputError, match="have to feed the gpu"):
+    benchmark.main(argv)
+
+
+def test_systems_side_by_side_on_a_gpu_are_in_bfloat16(monkeypatch):
+  asked = []
+
+  def config_of(name, stack, *, dtype, demo):
+    asked.append(dtype)
+
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(throughput, "config_of", config_of)
+  monkeypatch.setattr(throughput, "compare", lambda *_: ([], 1.0))
+  for words, dtype in ((), "bfloat16"), (("--dtype=float32",), "float32"):
+    values, argv = parse("--compare", "avmae", *words)
+    title, _, _ = throughput.command(values, argv[1:])
+    assert asked[-1] == dtype and f"{dtype}, batch 12" in title

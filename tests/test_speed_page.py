@@ -1,10 +1,12 @@
 """The page of speed: what it measures, goes on from, and prints."""
 
 import contextlib
+import ctypes
 import json
 import math
 import os
 import pathlib
+import resource
 import subprocess
 import sys
 import types
@@ -74,9 +76,19 @@ def measured(monkeypatch):
   [
     ("NVIDIA H100 80GB HBM3", 989e12),
     ("NVIDIA H100 PCIe", 756e12),
+    ("NVIDIA H100 NVL", 835e12),
     ("NVIDIA H200", 989e12),
+    ("NVIDIA H200 NVL", 835e12),
+    ("NVIDIA GH200 480GB", 0),
     ("NVIDIA A100-SXM4-80GB", 312e12),
+    ("NVIDIA A100-PCIE-40GB", 312e12),
+    ("NVIDIA A100-SXM4-80GB MIG 1g.10gb", 0),
+    ("NVIDIA RTX A1000 Laptop GPU", 0),
+    ("NVIDIA RTX A5000", 111e12),
+    ("NVIDIA RTX A5000 Laptop GPU", 0),
     ("Tesla V100-SXM2-32GB", 125e12),
+    ("TPU v4", 0),
+    ("TPU v5 lite", 0),
     ("AMD EPYC 9V74", 0),
   ],
 )
@@ -193,6 +205,57 @@ def test_a_row_that_failed_is_said_and_measured_again(
   assert "failed" not in capsys.readouterr().out
 
 
+def test_a_row_that_failed_takes_the_place_of_no_numbers(
+  measured, monkeypatch, tmp_path, capsys
+):
+  path, works = tmp_path / "speed.json", speed_page.apart
+  words = ("--page", "uavm_vgg", f"--json={path}")
+  command(*words)
+  before = speed_page.read(path)
+
+  def fails(function, *args):
+    if function is speed_rows.measure and args[0].name == "uavm_vgg":
+      raise InputError("no memory")
+    return works(function, *args)
+
+  monkeypatch.setattr(speed_page, "apart", fails)
+  with pytest.raises(InputError, match="not measured: uavm_vgg: no memory"):
+    command(*words, "--repeats=9")
+  assert speed_page.read(path) == before
+  assert "uavm_vgg: no memory in" in capsys.readouterr().err
+  # Of another batch there are no numbers: that it failed is a row of its own.
+  with pytest.raises(InputError, match="not measured"):
+    command(*words, "--batch_size=4")
+  assert [("failed" in row) for row in speed_page.read(path)] == [False, True]
+  # Which is no failure of a later call for something else.
+  command("--page", "cavmae_audioset", f"--json={path}")
+
+
+def on_gpu(function, *args):
+  """`apart`, as on a GPU."""
+  if function is speed_rows.place:
+    return PLACE | {"backend": "gpu", "device": "A GPU", "host": "A host"}
+  return NUMBERS | {"ms_per_clip": 1.0, "read": "a picture"}
+
+
+def test_the_page_on_a_gpu(monkeypatch, tmp_path, capsys):
+  monkeypatch.setattr(speed_page, "apart", on_gpu)
+  path = tmp_path / "speed.json"
+  words = ("--page", "uavm_vgg", "one_frame", f"--json={path}")
+  command(*words)
+  step, pipeline = speed_page.read(path)
+  assert step["dtype"] == pipeline["dtype"] == "bfloat16"
+  assert pipeline["host"] == "A host" and "host" not in step
+  out = capsys.readouterr().out
+  assert "Training steps, bfloat16, on 1 x A GPU, median" in out
+  assert "The pipeline, on 1 x A GPU, host A host, per CPU second" in out
+  command(*words, "--dtype=float32")
+  found = [row["dtype"] for row in speed_page.read(path)]
+  assert found == ["bfloat16", "bfloat16", "float32", "float32"]
+  with pytest.raises(InputError, match="1 of .* cores, .* feed the gpu"):
+    command("--page", "uavm_vgg", "--pin")
+
+
 # ml_collections reads config files in a way that Python will drop.
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")
 def test_options_change_one_thing_each(measured, monkeypatch, tmp_path, capsys):
@@ -265,6 +328,23 @@ def test_a_process_of_its_own():
     speed_page.apart(math.sqrt, -1.0)
   with pytest.raises(InputError, match="status 7"):
     speed_page.apart(os._exit, 7)
+
+
+def faults():
+  """Pages that were faulted in for memory that had been used before."""
+  library, found = ctypes.CDLL(None), []
+  library.malloc.restype = ctypes.c_void_p
+  for _ in range(5):
+    found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
+    place = ctypes.c_void_p(library.malloc(ctypes.c_size_t(1 << 26)))
+    ctypes.memset(place, 1, 1 << 26)
+    library.free(place)
+  return found[-1] - found[1]
+
+
+def test_a_process_of_its_own_keeps_memory_as_training_does(monkeypatch):
+  monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+  assert speed_page.apart(faults) < 16
 
 
 def test_a_process_ends_with_the_one_that_waits(tmp_path):

@@ -3,6 +3,8 @@
 import contextlib
 import functools
 import importlib
+import importlib.util
+import inspect
 import sys
 
 import jax
@@ -102,6 +104,26 @@ def test_as_many_products_are_computed(name, batch_size):
   with counter, sdpa_kernel(SDPBackend.MATH):
     module(there).backward()
   assert counter.get_total_flops() == pytest.approx(ours, rel=0.01)
+
+
+@SYSTEMS
+def test_a_step_is_one_graph(name, batch_size, monkeypatch):
+  """torch.compile would run what lies between several as it is written."""
+  # Without the tests' checks of shapes, which it does not understand.
+  spec = importlib.util.spec_from_file_location(
+    "standin", torch_standin.__file__
+  )
+  standin = importlib.util.module_from_spec(spec)
+  monkeypatch.setitem(sys.modules, "standin", standin)
+  spec.loader.exec_module(standin)
+  num_kept = inspect.unwrap(cav_encoder.num_kept)
+  monkeypatch.setattr(standin, "num_kept", num_kept)
+  config, _, params, inputs = system(name, batch_size)
+  grids = cav_encoder.grids(inputs, config.model)
+  module = standin.SYSTEMS[name](config.model, grids)
+  there = {k: torch.from_numpy(x) for k, x in inputs.items()}
+  found = torch._dynamo.explain(module)(there)
+  assert found.graph_break_count == 0, found.break_reasons
 
 
 def test_the_stack_is_equal():
