@@ -6,8 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
-from avjax import flops
+from avjax import flops, step_cost
 from avjax.nn import attention
 
 B, N, M, H, D = 2, 320, 384, 4, 32
@@ -50,3 +52,15 @@ def test_cudnns_attention_with_heads_first(traceable):
   wanted = shapes(heads_first=True)
   assert flops.count(forward, *wanted) == 2 * ONE
   assert flops.count(jax.grad(forward, (0, 1, 2)), *wanted) == 6 * ONE
+
+
+def test_blocks_of_a_large_run_are_products():
+  """Of one query each they were sums, which a plan does not count."""
+  mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+  place = NamedSharding(mesh, P("data"))
+  x = jax.ShapeDtypeStruct((1024, 1568, 1, 8), jnp.float32, sharding=place)
+  blocked = functools.partial(loss, implementation="blocked")
+  traced = jax.jit(jax.grad(blocked, (0, 1, 2))).trace(x, x, x)
+  found = step_cost.kernels(traced.lower().compile())
+  _, wanted = flops.of_jaxpr(traced.jaxpr)
+  assert 8 * sum(one.flops for one in found) == wanted

@@ -134,8 +134,11 @@ def _from_heads(x):
 
 
 def _block_size(q, k):
-  """The largest divisor of the queries whose scores fit BLOCK_BYTES."""
-  b, n = q.shape[1:3]
+  """The largest divisor of the queries whose scores fit BLOCK_BYTES.
+
+  Of one device: the batch is that of all, which share it in any large run.
+  """
+  b, n = -(-q.shape[1] // jax.device_count()), q.shape[2]
   most = max(1, BLOCK_BYTES // (4 * b * k.shape[2]))
   return max(size for size in range(1, n + 1) if n % size == 0 and size <= most)
 
