@@ -156,10 +156,8 @@ class Autoencoder(nn.Module):
     self.group = model.get("group_size", 0)  # torch.compile stops at `get`
     self.size = size = sizes.resolve(model)
     self.decoder_size = small = sizes.resolve(model, "decoder_", table)
-    self.pixels = {
-      "audio": math.prod(model.patch_audio),
-      "video": 3 * math.prod(model.patch_video),
-    }
+    audio, video = math.prod(model.patch_audio), math.prod(model.patch_video)
+    self.pixels = {"audio": audio, "video": 3 * video}
     for m, pixels in self.pixels.items():
       setattr(self, f"embed_{m}", nn.Linear(pixels, size.width))
       setattr(self, f"head_{m}", nn.Linear(small.width, pixels))
