@@ -40,6 +40,7 @@ from absl import flags
 from ml_collections import config_flags
 
 from avjax import bench_configs, commands
+from avjax.config import DTYPES
 from avjax.errors import InputError
 
 # How often what is timed counts, by kind of device.
@@ -52,7 +53,6 @@ PEAK_FLOPS_ELSEWHERE = 2e13
 # Rows, inner and columns of the products whose best rate is called the peak.
 PEAK_SHAPES = ((944, 768, 3072), (1888, 768, 768), (1024, 1024, 1024),
                (8192, 8192, 8192))  # fmt: skip
-DTYPES = ("float32", "bfloat16")
 
 
 @dataclasses.dataclass(frozen=True)

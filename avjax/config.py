@@ -179,6 +179,9 @@ def base_config() -> ConfigDict:
   )
 
 
+# Of the computation: `config.dtype`.
+DTYPES = ("float32", "bfloat16")
+
 # Log-mel, computed on the device: `config.data.fbank`.
 FBANK = {
   "window": "hamming",  # hamming, hanning

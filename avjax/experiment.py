@@ -15,13 +15,12 @@ import numpy as np
 from jax.sharding import Mesh
 
 from avjax import averaging, grad_cache, methods, optim, parallel
+from avjax.config import DTYPES
 from avjax.data import augment, pipeline, text
 from avjax.errors import InputError, lookup
 from avjax.methods.base import Method
 from avjax.nn import transformer
 
-# Of the computation.
-DTYPES = ("float32", "bfloat16")
 State = dict[str, Any]  # params, opt_state, average, step, rng
 
 

@@ -81,7 +81,6 @@ from avjax import allocator, commands
 def main(argv):
   import jax
   import jax.numpy as jnp
-  from avjax import allocator
 
   allocator.settle()  # as the loader does
 
