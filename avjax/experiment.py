@@ -162,7 +162,7 @@ def build(
 def check_batch(
   config: Any, batch_size: int, mesh: Mesh, multiple: int = 1
 ) -> None:
-  """The batch divides the mesh, also micro-batch by micro-batch.
+  """The batch divides the mesh and groups, also micro-batch by micro-batch.
 
   Args:
     config: one stage.
@@ -180,6 +180,15 @@ def check_batch(
       "of optimizer.accumulate"
     )
   parallel.check_batch(batch_size // parts, mesh)
+  model = config.model
+  group = model.get("contrast_weight", 0) and model.get("group_size", 0)
+  part = batch_size // parts
+  if group and part % group:
+    raise InputError(
+      f"batch size {part} ({batch_size} in {parts} micro-batches of "
+      f"optimizer.accumulate) is not divisible by model.group_size={group}; "
+      "0 takes the whole of it"
+    )
   ways = parallel.ways(mesh)
   own = batch_size // parts // ways
   if own % multiple:

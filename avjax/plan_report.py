@@ -270,9 +270,7 @@ def _accepted(
     grad_cache.check(config, method, size, parallel.ways(mesh))
   except InputError:
     return False
-  # What the loss itself checks; see avjax.losses_pairs.
-  group = config.model.get("group_size", 0)
-  return not group or size // accumulate % group == 0
+  return True
 
 
 # -------------------------------------------------------------------- report

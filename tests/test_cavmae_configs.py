@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from avjax import methods, optim
+from avjax import experiment, methods, optim, parallel
 from avjax.data import pipeline
 from avjax.errors import InputError
 from tests.runs import assert_fits, inputs, load, value
@@ -271,3 +271,16 @@ def test_one_modality_is_read_and_judged_alone(modality, gone):
 def test_unknown_values_are_refused(name, arg, words):
   with pytest.raises(InputError, match=words):
     load(name, arg)
+
+
+def test_groups_of_the_contrast_divide_the_batch():
+  config = load("cavmae_audioset", "variant=scale+")  # 108 clips, groups of 27
+  mesh = parallel.make_mesh(config.mesh, jax.devices()[:1])
+  with config.unlocked():
+    config.optimizer.accumulate = 4
+    experiment.check_batch(config, 108, mesh)
+    config.optimizer.accumulate = 3
+    with pytest.raises(InputError, match="36 .108 in 3 .*group_size=27"):
+      experiment.check_batch(config, 108, mesh)
+    config.model.contrast_weight = 0.0  # no groups then
+    experiment.check_batch(config, 108, mesh)
