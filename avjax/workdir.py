@@ -87,3 +87,15 @@ class Workdir:
 def workdir(path: str | pathlib.Path) -> Workdir:
   """A run's folder, `~` expanded."""
   return Workdir(pathlib.Path(path).expanduser())
+
+
+def make_folder(path: pathlib.Path) -> None:
+  """Makes a folder and those above it, where they are not there.
+
+  Raises:
+    InputError: it cannot be made; says why.
+  """
+  try:
+    path.mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise InputError(f"{path} cannot be made: {error.strerror}") from error

@@ -7,11 +7,12 @@ av_demo no media are needed: they are made.
 
 import importlib
 import pathlib
+import signal
 import sys
 
 from absl import app, flags
 
-from avjax import config
+from avjax import commands, config
 from avjax.data import media
 from avjax.data.datasets import VARIANTS
 from avjax.errors import InputError, lookup
@@ -149,8 +150,11 @@ def run(argv: list[str]) -> None:
   except InputError as error:
     print(f"error: {error}", file=sys.stderr)
     sys.exit(2)
+  except KeyboardInterrupt:
+    print("stopped; the same command goes on from there", file=sys.stderr)
+    sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":
   flags.mark_flag_as_required("dataset")
-  app.run(run)
+  app.run(run, flags_parser=commands.parse_flags)

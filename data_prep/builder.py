@@ -26,6 +26,7 @@ from typing import Any
 
 import tensorflow_datasets as tfds
 
+from avjax import workdir
 from avjax.config import differences
 from avjax.data.datasets import VARIANTS
 from avjax.errors import InputError, lookup
@@ -199,9 +200,11 @@ class ClipBuilder(
     if not infos:
       for part in self.parts:
         part.note.unlink(missing_ok=True)
-      raise InputError(
-        f"no clip of {self.name} could be built: {self.words()}{self.example()}"
+      found = f"{self.words()}{self.example()}"
+      found = (
+        found or f"no row of a table, and no media, in {self.options.media}"
       )
+      raise InputError(f"no clip of {self.name} could be built: {found}")
     self.info.set_splits(tfds.core.splits.SplitDict(infos))
 
   def _make_parts(self) -> None:
@@ -374,7 +377,7 @@ def _settle_former(former: pathlib.Path, target: pathlib.Path) -> None:
 @contextlib.contextmanager
 def _working(work: pathlib.Path) -> Iterator[None]:
   """The folder of one build at a time; finished parts stay in it."""
-  work.mkdir(parents=True, exist_ok=True)
+  workdir.make_folder(work)
   with (work / ".lock").open("w") as lock:
     try:
       fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -240,4 +240,4 @@ if __name__ == "__main__":
   flags.DEFINE_string("output", None, "Folder to unpack into.")
   flags.DEFINE_float("max_gb", 4_000.0, "Largest content of an archive.")
   flags.mark_flag_as_required("output")
-  app.run(run)
+  app.run(run, flags_parser=commands.parse_flags)

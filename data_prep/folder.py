@@ -93,7 +93,7 @@ def _clips(
   """Rows of one clip are one, in the place of the first."""
   clips: dict[tuple, tuple[dict[str, None], list[str]]] = {}
   names: dict[str, str] = {}  # file -> path in the table
-  for line in tables.read_csv(table, ()):
+  for line in tables.read_csv(table, ("path",)):
     fields = _fields(line)
     path = file = posixpath.normpath(line.text("path"))
     if not (media / file).is_file():
@@ -127,9 +127,6 @@ def _fields(line: tables.Line) -> dict[str, str]:
   for name in line.fields:
     if name not in COLUMNS:
       raise unknown(f"column of {line.path}", name, COLUMNS)
-  if "path" not in line.fields:
-    found = ",".join(line.fields)
-    raise line.error("a header with the column path", found)
   return {name: line.fields.get(name, "") for name in COLUMNS}
 
 

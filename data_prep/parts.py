@@ -11,6 +11,7 @@ Two processes may make the same part: each writes files of its own, and the
 first to end names them.
 """
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -25,6 +26,7 @@ from typing import Any
 import numpy as np
 from array_record.python import array_record_module
 
+from avjax.errors import InputError
 from data_prep import stored
 
 # Every annotation row ends as exactly one of these.
@@ -182,9 +184,11 @@ class Part:
         for record, row in results:
           tally.add(row)
           if record is not None:
-            writer.write(record)
+            with _telling(records):
+              writer.write(record)
       finally:
-        writer.close()
+        with _telling(records):
+          writer.close()
     except BaseException:
       records.unlink(missing_ok=True)
       raise
@@ -224,6 +228,18 @@ class Part:
     rows = [dataclasses.asdict(row) for row in self.rows]
     path.write_text(json.dumps({"split": self.split, "rows": rows}))
     return path
+
+
+@contextlib.contextmanager
+def _telling(path: pathlib.Path) -> Iterator[None]:
+  """Has the writer's errors say which file, and what room there is."""
+  try:
+    yield
+  except RuntimeError as error:
+    free = shutil.disk_usage(path.parent).free
+    raise InputError(
+      f"{path} cannot be written, {free:,} bytes are free: {error}"
+    ) from error
 
 
 def _place(row: Any) -> list[Any]:

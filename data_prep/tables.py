@@ -161,8 +161,9 @@ def read_csv(
     comments: whether lines that begin with '#' are passed over.
 
   Raises:
-    InputError: the file cannot be read; a column is missing; or a row has
-      another number of fields than the table has columns.
+    InputError: the file cannot be read; a column is missing, or there twice;
+      a quotation ends nowhere; or a row has another number of fields than the
+      table has columns.
   """
   rows = _rows(path, delimiter, quotes, comments)
   names = list(columns)
@@ -171,6 +172,10 @@ def read_csv(
     missing = [name for name in columns if name not in names]
     if missing:
       expected = f"a header with the columns {', '.join(missing)}"
+      raise _error(path, number, expected, delimiter.join(names))
+    twice = [n for n in names if n and names.count(n) > 1]
+    if twice:
+      expected = f"one column {twice[0]}"
       raise _error(path, number, expected, delimiter.join(names))
   for count, (number, fields) in enumerate(rows):
     first = fields[0].casefold()
@@ -185,8 +190,9 @@ def read_csv(
 
 def _rows(path, delimiter, quotes, comments) -> Iterator[tuple[int, list[str]]]:
   """(line number, fields) of the rows that are not empty."""
+  lines = list(io.StringIO(read_text(path), newline=""))
   reader = csv.reader(
-    io.StringIO(read_text(path), newline=""),
+    lines,
     delimiter=delimiter,
     quoting=csv.QUOTE_MINIMAL if quotes else csv.QUOTE_NONE,
     skipinitialspace=True,
@@ -199,6 +205,10 @@ def _rows(path, delimiter, quotes, comments) -> Iterator[tuple[int, list[str]]]:
       return
     except csv.Error as error:
       raise InputError(f"{path} line {number}: {error}") from error
+    if quotes and number < reader.line_num == len(lines):
+      text = "".join(lines[number - 1 :])
+      if text.count('"') % 2:
+        raise _error(path, number, "a second quotation mark", text)
     if not any(fields) or (comments and fields[0].startswith("#")):
       continue
     yield number, fields

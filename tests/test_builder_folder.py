@@ -128,7 +128,7 @@ BAD = {
     "column of .*t.csv 'lables'. Did you mean 'labels'",
   ),
   "no path": (
-    "t.csv", "labels\nx\n", "expected a header .* column path",
+    "t.csv", "labels\nx\n", "a header with the columns path, found 'labels'",
   ),
   "start": (
     "t.csv", "path,start\na.mp4,1\nb/y.mp4,soon\n",
