@@ -27,13 +27,9 @@ from absl import logging
 from jax.experimental import multihost_utils
 
 from avjax import stored_step, trees
-from avjax.errors import InputError, lookup, unknown
+from avjax.errors import InputError, SaveError, lookup, unknown
 
 Path = str | pathlib.Path
-
-
-class SaveError(OSError):
-  """A checkpoint could not be written; the earlier ones are intact."""
 
 
 class Checkpoints:

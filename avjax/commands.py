@@ -13,7 +13,7 @@ from typing import Any
 from absl import app, flags
 
 from avjax import allocator
-from avjax.errors import InputError
+from avjax.errors import InputError, SaveError
 
 # Before JAX starts: a few per cent on CPUs with AVX-512, nothing elsewhere.
 CPU_FLAG = "--xla_cpu_prefer_vector_width=512"
@@ -53,7 +53,7 @@ def run(
       if len(argv) > 1 and not allowed:
         raise InputError(f"unexpected argument {argv[1]!r}")
       return main(argv)
-    except InputError as error:
+    except (InputError, SaveError) as error:
       refuse(error)
 
   app.run(guarded, flags_parser=parse_flags)
@@ -123,12 +123,17 @@ def parse_flags(argv: list[str]) -> list[str]:
     text = str(error.args[0] if error.args else error)
     near = re.search(r'Did you mean "(\w+)" instead of "(\w+)"', text)
     bad = near.group(2) if near else text.strip("'\" ")
-    flag = next((a for a in argv if bad in a.split("=")[0]), "--config")
+    flag = next((a for a in argv if bad in _words(a)), "--config")
     hint = f" Did you mean {near.group(1)!r}?" if near else ""
     refuse(
       f"{flag}: no config key {bad!r} there.{hint} ({type(error).__name__})"
     )
   return []
+
+
+def _words(flag: str) -> list[str]:
+  """Of --config.data.name=x: config, data and name."""
+  return flag.split("=")[0].lstrip("-").split(".")
 
 
 def with_demo_data(config: Any) -> Any:

@@ -152,7 +152,8 @@ def check_output(out: pathlib.Path, to_file: bool, layout: str) -> None:
     InputError: an unknown suffix, a folder that holds something, or a layout
       that the kind of output does not have.
   """
-  if not to_file and out.suffix and not out.is_dir():
+  # A suffix such as .bin means a file; that of lr_0.5 is none.
+  if not to_file and out.suffix[1:2].isalpha() and not out.is_dir():
     lookup(formats.WRITERS, out.suffix, "suffix of a weights file to write")
   if not to_file and layout == "public":
     raise InputError(f"--layout=public is for files; {out} is a folder")

@@ -15,6 +15,10 @@ class InputError(ValueError):
   """
 
 
+class SaveError(OSError):
+  """A checkpoint could not be written; the earlier ones are intact."""
+
+
 def unknown(what: str, name: str, known: Iterable[str]) -> InputError:
   """The error for a name that is not in a list: says the nearest known one."""
   known = sorted(known)

@@ -23,23 +23,27 @@ from avjax import (
 )
 from avjax import config as config_lib
 from avjax.checkpoint import restore_params
-from avjax.data import pipeline
+from avjax.data import pipeline, records
 from avjax.errors import InputError, unknown
+from avjax.evaluators import retrieval
 from avjax.evaluators.base import Context, Evaluator
 from avjax.experiment import Experiment
 from avjax.workdir import Workdir
 from avjax.writer import Writer
 
+# Ids by split of clips that could not be read, and so have no part in scores.
+LeftOut = dict[str, list[str]]
+
 
 def make_evaluators(
-  setup: Experiment, run: Workdir, writer: Writer
+  setup: Experiment, run: Workdir, writer: Writer, left_out: LeftOut
 ) -> dict[str, Evaluator]:
-  """The evaluators of `config.evals` by name."""
+  """The evaluators of `config.evals` by name; they add to `left_out`."""
   context = Context(
     config=setup.config,
     method=setup.method,
     prepare=setup.prepare,
-    batches=lambda section: batches(setup, section),
+    batches=lambda section: batches(setup, section, left_out),
     workdir=run,
     picture=writer.picture,
   )
@@ -49,13 +53,29 @@ def make_evaluators(
   }
 
 
-def batches(
-  setup: Experiment, section: Any
-) -> Iterator[tuple[dict[str, jax.Array], list[str]]]:
-  """Global device batches of one evaluation's split, in order."""
+def check(setup: Experiment) -> None:
+  """Opens all that the evaluations will read, before anything is trained.
+
+  Raises:
+    InputError: names the evaluation, and what it lacks.
+  """
+  for name, section in sorted(setup.config.evals.items()):
+    try:
+      host_batches(setup, section, pipeline.Skipped()).close()
+      if subset := section.get("subset", ""):
+        data, split, limit = setup.config.data, section.split, section.limit
+        retrieval.chosen_ids(subset, records.Split(data, split, limit))
+    except InputError as error:
+      raise InputError(f"evals.{name}: {error}") from error
+
+
+def host_batches(
+  setup: Experiment, section: Any, skipped: pipeline.Skipped
+) -> Iterator[dict[str, Any]]:
+  """This process's batches of one evaluation's split, in order."""
   size = section.batch_size or setup.config.batch_size
   parallel.check_batch(size, setup.mesh, "evaluation batch size")
-  host = pipeline.eval_batches(
+  return pipeline.eval_batches(
     setup.config.data,
     split=section.split,
     batch_size=size,
@@ -64,13 +84,25 @@ def batches(
     captions=section.get("captions", 0),
     process_index=jax.process_index(),
     process_count=jax.process_count(),
+    skipped=skipped,
   )
+
+
+def batches(
+  setup: Experiment, section: Any, left_out: LeftOut
+) -> Iterator[tuple[dict[str, jax.Array], list[str]]]:
+  """Global device batches of one evaluation's split, in order."""
+  skipped = pipeline.Skipped()
+  host = host_batches(setup, section, skipped)
   sharding = parallel.batch_sharding(setup.mesh)
   stream = pipeline.device_batches(host, sharding, setup.config.data.prefetch)
   try:
     yield from stream
   finally:
     stream.close()
+    if lost := skipped.dump():
+      known = left_out.get(section.split, [])
+      left_out[section.split] = sorted({*known, *lost})
 
 
 def restored(
@@ -166,7 +198,7 @@ def evaluate(
 
   Returns:
     `<eval>/<metric>` -> score; also written to evaluation.json, with the
-    settings.
+    settings and the clips that could not be read.
 
   Raises:
     InputError: no such run, step or evaluation; a bad setting.
@@ -179,14 +211,16 @@ def evaluate(
   setup = experiment.build(config)
   step, params = restored(run, setup, named if step is None else step)
   writer = Writer(Workdir(run.root / "evaluation"), step)
-  scores = {}
-  for name, evaluator in make_evaluators(setup, run, writer).items():
+  scores, left_out = {}, {}
+  made = make_evaluators(setup, run, writer, left_out)
+  for name, evaluator in made.items():
     if only in ("", name):
       values = evaluator.run(params, step)
       scores |= {f"{name}/{key}": float(v) for key, v in values.items()}
   writer.close()
   if jax.process_index() == 0:
     record = {"step": step, "set": changed, "scores": scores}
+    record["left_out"] = left_out
     (run.root / "evaluation.json").write_text(json.dumps(record, indent=2))
   logging.info("step %d of %s: %s", step, run.root, report.in_words(scores))
   return scores

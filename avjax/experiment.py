@@ -113,6 +113,8 @@ def build(
     InputError: what the config asks for does not fit together.
   """
   batch_size = batch_size or config.batch_size
+  if config.log_every < 1:
+    raise InputError(f"log_every is {config.log_every}; expected at least 1")
   lookup(dict.fromkeys(DTYPES), config.dtype, "dtype")
   mesh = parallel.make_mesh(config.mesh)
   method = methods.make(config)

@@ -103,12 +103,16 @@ class Model:
       clips: a media file, several, or a batch (avjax.batch.BATCH).
       mode: one of the method's modes, such as 'a', 'v' or 'av'.
     """
+    if not self.method.modes:
+      raise InputError(f"the method {self.config.method} has no predictions")
     if mode not in self.method.modes:
       raise InputError(
         f"mode {mode!r} is not one of {', '.join(self.method.modes)}"
       )
     return self._each(
-      clips, lambda batch: self._predict(self._live, batch, mode)
+      clips,
+      lambda batch: self._predict(self._live, batch, mode),
+      "" if mode == "av" else mode,
     )
 
   def classify(

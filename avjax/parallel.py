@@ -102,7 +102,9 @@ def ways(mesh: Any, axes: Sequence[str] = BATCH_SPEC[0]) -> int:
 def check_batch(batch_size: int, mesh: Mesh, what: str = "batch size") -> None:
   """Raises InputError where a batch does not divide the mesh."""
   n = ways(mesh)
-  if batch_size < 1 or batch_size % n:
+  if batch_size < 1:
+    raise InputError(f"{what} {batch_size} is less than 1")
+  if batch_size % n:
     raise InputError(
       f"{what} {batch_size} is not divisible by the {n} devices of the "
       f"mesh's data x fsdp axes {dict(mesh.shape)}"

@@ -25,15 +25,31 @@ def duration(seconds: float) -> str:
 
 
 def write(
-  run: Workdir, config: Any, scores: Mapping[str, float], skipped: Any
+  run: Workdir,
+  config: Any,
+  scores: Mapping[str, float],
+  skipped: Any,
+  left_out: Mapping[str, Sequence[str]],
 ) -> None:
-  """Writes report.md of one stage."""
+  """Writes report.md of one stage.
+
+  Args:
+    run: its folder.
+    config: of the stage.
+    scores: of its evaluations.
+    skipped: `pipeline.Skipped` of the training.
+    left_out: ids by split that evaluations could not read.
+  """
   lines = [f"# {run.root.name}", "", f"Method {config.method}.", ""]
   lines += ["| score | value |", "|---|---|"]
   lines += [f"| {name} | {value:.4f} |" for name, value in scores.items()]
   for path in sorted(run.tables.glob("*.md")):
     lines += ["", path.read_text().strip()]
-  lines += ["", *skipped_lines(skipped), "", "Pictures:", ""]
+  lines += ["", *skipped_lines(skipped), ""]
+  for split, names in sorted(left_out.items()):
+    lines += [f"Left out of the scores on {split}: {len(names)}.", ""]
+    lines += [*(f"- `{name}`" for name in names), ""]
+  lines += ["Pictures:", ""]
   pictures = sorted(run.pictures.glob("*.png"))
   lines += [f"![{p.stem}](pictures/{p.name})" for p in pictures] or ["none"]
   lines += ["", "Command:", "", f"    {command_line()}", ""]

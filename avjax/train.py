@@ -1,10 +1,11 @@
 """The only training loop."""
 
+import contextlib
 import json
 import signal
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -26,8 +27,8 @@ from avjax import (
 )
 from avjax.checkpoint import Checkpoints, RunLock
 from avjax.data import pipeline
-from avjax.errors import InputError
-from avjax.workdir import Workdir, workdir
+from avjax.errors import InputError, unknown
+from avjax.workdir import Workdir, make_folder, workdir
 from avjax.writer import Writer
 
 # Keys that may change between a run and its continuation: they do not change
@@ -89,10 +90,12 @@ def train_stage(
     check_config(config, run)
     logging.info("%s is finished, nothing to do", run.root)
     return json.loads(run.done.read_text())["scores"]
-  run.root.mkdir(parents=True, exist_ok=True)
+  make_folder(run.root)
   with RunLock(run.lock):
     check_config(config, run)
-    return Loop(config, run, profile).go()
+    loop = Loop(config, run, profile)
+    with loop.signals():
+      return loop.go()
 
 
 def check_config(config: Any, run: Workdir) -> None:
@@ -133,14 +136,17 @@ class Loop:
   def __init__(self, config: Any, run: Workdir, profile: str = ""):
     self.config, self.run = config, run
     self.trace = profiling.Trace(profile, run.root / "profile")
-    self.setup = experiment.build(config)
     self.interrupted = False
     self.scores: dict[str, float] = {}
     self.skipped = pipeline.Skipped()
+    self.left_out: evaluate.LeftOut = {}
 
   def go(self) -> dict[str, float]:
     """Restores, trains, evaluates, reports."""
     checkpoint = self.config.checkpoint
+    self.check_best()
+    self.setup = experiment.build(self.config)
+    evaluate.check(self.setup)
     self.checkpoints = Checkpoints(
       self.run.checkpoints,
       keep=checkpoint.keep,
@@ -152,16 +158,13 @@ class Loop:
     state, first = self.first_state()
     self.writer = Writer(self.run, first)
     self.evaluators = evaluate.make_evaluators(
-      self.setup, self.run, self.writer
+      self.setup, self.run, self.writer, self.left_out
     )
-    old_handlers = self.catch_signals()
     try:
       if first < self.setup.total_steps:
         state = self.train(state, first)
       self.finish(state)
     finally:
-      for number, handler in old_handlers.items():
-        signal.signal(number, handler)
       self.writer.close()
       self.checkpoints.close()
     return self.scores
@@ -173,6 +176,7 @@ class Loop:
       step, state, extra = self.checkpoints.restore(setup.stored_shapes())
       self.scores = dict(extra.get("scores", {}))
       self.skipped.load(extra.get("skipped", {}))
+      self.left_out.update(extra.get("left_out", {}))
       logging.info("resumed from step %d of %s", step, self.run.checkpoints)
       return setup.place(state), step
     state = setup.init_state()
@@ -196,6 +200,9 @@ class Loop:
     step_fn = traced.lower().compile()
     seconds = time.perf_counter() - began
     self.say_costs(flops.of_jaxpr(traced.jaxpr)[1], step_fn, seconds)
+    if self.interrupted and jax.process_count() == 1:
+      logging.info("stopped before a step; the same command goes on from there")
+      sys.exit(128 + signal.SIGTERM)
     batches = pipeline.device_batches(
       pipeline.train_batches(
         config.data,
@@ -227,7 +234,8 @@ class Loop:
           self.writer.scalars(step, meter.flush(step))
         due = self.due_evaluations(step)
         if due:
-          self.evaluate(state, step, due)
+          with self.kept(step, state, meter):
+            self.evaluate(state, step, due)
           meter.pause()
         if saving:
           self.save(step, state)
@@ -262,12 +270,44 @@ class Loop:
   def evaluate(self, state: Any, step: int, names: list[str]) -> None:
     """Runs evaluations and records their scores."""
     params = self.setup.eval_params(state)
+    before, best = self.scores, self.config.checkpoint.best
+    self.scores = {
+      key: x for key, x in before.items() if key.split("/")[0] not in names
+    }
     for name in names:
       values = self.evaluators[name].run(params, step)
       scores = {f"{name}/{key}": float(v) for key, v in values.items()}
       self.writer.scalars(step, scores)
       logging.info("step %d %s", step, report.in_words(scores))
       self.scores.update(scores)
+      if best.split("/")[0] == name and best not in scores:
+        raise unknown("metric in checkpoint.best", best, scores)
+
+  @contextlib.contextmanager
+  def kept(
+    self, step: int, state: experiment.State, meter: "Meter"
+  ) -> Iterator[None]:
+    """An evaluation that fails costs no training: the state is saved first.
+
+    Not by several processes, which may not all have failed.
+    """
+    try:
+      yield
+    except Exception:
+      if jax.process_count() == 1:
+        if meter.pending:
+          self.writer.scalars(step, meter.flush(step))
+        self.save(step, state)
+        self.checkpoints.wait()
+        logging.info("saved step %d, whose evaluation failed", step)
+      raise
+
+  def check_best(self) -> None:
+    """Refuses a `checkpoint.best` of an evaluation that is not among others."""
+    best, evals = self.config.checkpoint.best, self.config.evals
+    if best and evals and best.split("/")[0] not in evals:
+      names = [f"{name}/…" for name in evals]
+      raise unknown("evaluation in checkpoint.best", best, names)
 
   def save(self, step: int, state: Any) -> None:
     """Starts an asynchronous checkpoint."""
@@ -279,7 +319,11 @@ class Loop:
       step,
       experiment.stored(self.config, state),
       metrics=metrics,
-      extra={"scores": self.scores, "skipped": self.skipped.dump()},
+      extra={
+        "scores": self.scores,
+        "skipped": self.skipped.dump(),
+        "left_out": self.left_out,
+      },
     )
 
   def finish(self, state: Any) -> None:
@@ -295,12 +339,15 @@ class Loop:
     self.evaluate(state, total, missing)
     self.checkpoints.wait()
     if jax.process_index() == 0:
-      report.write(self.run, self.config, self.scores, self.skipped)
+      report.write(
+        self.run, self.config, self.scores, self.skipped, self.left_out
+      )
       self.run.done.write_text(
         json.dumps({"step": total, "scores": self.scores}, indent=2) + "\n"
       )
 
-  def catch_signals(self) -> dict[int, Any]:
+  @contextlib.contextmanager
+  def signals(self) -> Iterator[None]:
     """SIGTERM and the first Ctrl-C save and exit; a second Ctrl-C exits."""
 
     def note(number: int, frame: Any) -> None:
@@ -310,13 +357,16 @@ class Loop:
       name = signal.Signals(number).name
       logging.info("%s: saving after this step, then exit", name)
 
+    old = {}
+    # Not outside the main thread (a notebook's worker).
+    with contextlib.suppress(ValueError):
+      for number in (signal.SIGTERM, signal.SIGINT):
+        old[number] = signal.signal(number, note)
     try:
-      return {
-        number: signal.signal(number, note)
-        for number in (signal.SIGTERM, signal.SIGINT)
-      }
-    except ValueError:  # Not the main thread (a notebook's worker).
-      return {}
+      yield
+    finally:
+      for number, handler in old.items():
+        signal.signal(number, handler)
 
   def stopping(self, step: int) -> bool:
     """Whether to save and leave now; all processes agree on the step."""

@@ -18,8 +18,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from avjax import stored_step, trees
-from avjax.checkpoint import Checkpoints, RunLock, SaveError, restore_params
-from avjax.errors import InputError
+from avjax.checkpoint import Checkpoints, RunLock, restore_params
+from avjax.errors import InputError, SaveError
 from tests import runs
 
 

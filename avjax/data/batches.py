@@ -65,6 +65,8 @@ class Batches:
         f"batch size {batch_size} is not divisible by the {process_count} "
         "processes"
       )
+    if views < 1:
+      raise InputError(f"views is {views}; expected at least 1")
     training = seed is not None
     self.split = (
       training_split(data) if training else records.Split(data, split, limit)
@@ -101,6 +103,9 @@ class Batches:
 
   def _check(self, data: Any) -> None:
     """Compares what was built with what is asked for."""
+    for key in ("workers", "threads"):
+      if data[key] < 0:
+        raise InputError(f"data.{key} is {data[key]}; expected 0 or more")
     built = self.split.metadata
     stored = built.get("audio_rate", data["audio"]["rate"])
     sound = "a" in data["modality"] and not data["features"]

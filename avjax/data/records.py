@@ -180,6 +180,8 @@ class Split:
   def __init__(
     self, data: Any, split: str, limit: int = 0, *, exclude: str = ""
   ):
+    if limit < 0:
+      raise InputError(f"limit is {limit}; expected 0 (all clips) or more")
     self.folder, self.name = built_dir(data), split
     info = tfds.builder_from_directory(self.folder).info
     stored = lookup(
