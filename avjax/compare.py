@@ -115,7 +115,7 @@ def rank(
     config=config,
     method=setup.method,
     prepare=setup.prepare,
-    batches=lambda section: evaluate.batches(setup, section, {}),
+    batches=lambda section: evaluate.batches(setup, section),
     workdir=run,
     picture=lambda name, picture, step: None,
   )

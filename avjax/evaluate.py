@@ -28,7 +28,7 @@ from avjax.errors import InputError, unknown
 from avjax.evaluators import retrieval
 from avjax.evaluators.base import Context, Evaluator
 from avjax.experiment import Experiment
-from avjax.workdir import Workdir
+from avjax.workdir import Workdir, write_text
 from avjax.writer import Writer
 
 # Ids by split of clips that could not be read, and so have no part in scores.
@@ -89,9 +89,12 @@ def host_batches(
 
 
 def batches(
-  setup: Experiment, section: Any, left_out: LeftOut
+  setup: Experiment, section: Any, left_out: LeftOut | None = None
 ) -> Iterator[tuple[dict[str, jax.Array], list[str]]]:
-  """Global device batches of one evaluation's split, in order."""
+  """Global device batches of one evaluation's split, in order.
+
+  Clips that cannot be read are not valid there; `left_out` notes them.
+  """
   skipped = pipeline.Skipped()
   host = host_batches(setup, section, skipped)
   sharding = parallel.batch_sharding(setup.mesh)
@@ -100,7 +103,8 @@ def batches(
     yield from stream
   finally:
     stream.close()
-    if lost := skipped.dump():
+    lost = skipped.dump()
+    if lost and left_out is not None:
       known = left_out.get(section.split, [])
       left_out[section.split] = sorted({*known, *lost})
 
@@ -221,7 +225,7 @@ def evaluate(
   if jax.process_index() == 0:
     record = {"step": step, "set": changed, "scores": scores}
     record["left_out"] = left_out
-    (run.root / "evaluation.json").write_text(json.dumps(record, indent=2))
+    write_text(run.root / "evaluation.json", json.dumps(record, indent=2))
   logging.info("step %d of %s: %s", step, run.root, report.in_words(scores))
   return scores
 

@@ -145,16 +145,9 @@ def build(
     stack=functools.partial(live, config),
   )
   partial = Experiment(
-    config,
-    mesh,
-    method,
-    optimizer,
-    learning_rate,
-    total_steps,
-    steps_per_epoch,
-    batch_shapes,
-    {},
-  )
+    config, mesh, method, optimizer, learning_rate, total_steps,
+    steps_per_epoch, batch_shapes, {},
+  )  # fmt: skip
   shapes = jax.eval_shape(
     functools.partial(_first_state, partial), jax.random.key(0)
   )

@@ -19,7 +19,7 @@ from avjax.checkpoint import restore_params
 from avjax.errors import InputError
 from avjax.methods.base import Loaded, Method
 from avjax.weights import families, image, transfer
-from avjax.workdir import Workdir, workdir
+from avjax.workdir import Workdir, workdir, write_text
 
 STAGES = "stages.json"  # in a staged run's folder: the names in order
 # What two sources may be for: a modality each; or CoAVT's encoders, the
@@ -151,9 +151,7 @@ def note_stages(run: Workdir, names: Sequence[str]) -> None:
   order = list(names) if set(before) <= set(names) else before + after
   if order != before:
     run.root.mkdir(parents=True, exist_ok=True)
-    temporary = (run.root / STAGES).with_suffix(".tmp")
-    temporary.write_text(json.dumps(order) + "\n")
-    temporary.replace(run.root / STAGES)
+    write_text(run.root / STAGES, json.dumps(order) + "\n")
 
 
 def from_weights(

@@ -380,7 +380,9 @@ def accumulate(
   Part i holds the examples i, i+n, i+2n, …, so a batch that is sharded over
   devices splits without moving data. Parts are weighted by their number of
   valid examples, so the result is the whole batch's where the loss is a mean
-  over examples; a contrastive loss sees the negatives of its part alone.
+  over examples; a contrastive loss sees the negatives of its part alone. Where
+  examples lack a modality, its loss is the mean over the parts' means, not over
+  the examples that have it; a part in which none has it counts as 0.
 
   Args:
     loss_and_grad: (params, batch) -> ((loss, aux), grads), as made by

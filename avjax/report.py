@@ -6,6 +6,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from avjax.errors import InputError
 from avjax.workdir import Workdir
 
 
@@ -29,7 +30,7 @@ def write(
   config: Any,
   scores: Mapping[str, float],
   skipped: Any,
-  left_out: Mapping[str, Sequence[str]],
+  left_out: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
   """Writes report.md of one stage.
 
@@ -46,7 +47,7 @@ def write(
   for path in sorted(run.tables.glob("*.md")):
     lines += ["", path.read_text().strip()]
   lines += ["", *skipped_lines(skipped), ""]
-  for split, names in sorted(left_out.items()):
+  for split, names in sorted((left_out or {}).items()):
     lines += [f"Left out of the scores on {split}: {len(names)}.", ""]
     lines += [*(f"- `{name}`" for name in names), ""]
   lines += ["Pictures:", ""]
@@ -68,6 +69,21 @@ def skipped_lines(skipped: Any) -> list[str]:
   ]
 
 
+def final_scores(run: Workdir) -> dict[str, float]:
+  """Of a stage that is finished.
+
+  Raises:
+    InputError: done.json cannot be read.
+  """
+  try:
+    return json.loads(run.done.read_text())["scores"]
+  except (OSError, ValueError, KeyError, TypeError) as error:
+    raise InputError(
+      f"{run.done} cannot be read ({error}); without it the same command goes "
+      "on from the last checkpoint"
+    ) from error
+
+
 def write_staged(run: Workdir, stages: Sequence[str]) -> None:
   """Writes and prints the scores of a whole staged run."""
   lines = [
@@ -77,8 +93,8 @@ def write_staged(run: Workdir, stages: Sequence[str]) -> None:
     "|---|---|---|",
   ]
   for name in stages:
-    scores = json.loads(run.stage(name).done.read_text())["scores"]
-    lines += [f"| {name} | {key} | {v:.4f} |" for key, v in scores.items()]
+    found = final_scores(run.stage(name))
+    lines += [f"| {name} | {key} | {v:.4f} |" for key, v in found.items()]
   lines += [""] + [f"- [{name}]({name}/report.md)" for name in stages]
   lines += ["", "Command:", "", f"    {command_line()}", ""]
   run.report.write_text("\n".join(lines))

@@ -230,6 +230,10 @@ def checksums(arrays: Mapping[str, Any]) -> dict[str, str]:
       array.is_fully_addressable and _on_cpu(array)
     )
     sums[name] = _host_sums(array) if on_host else _device_sums(array)
+    if jax.process_count() > 1:
+      # Processes that add up several arrays at a time wait for each other, each
+      # for the sum that another has not begun.
+      jax.block_until_ready(sums[name])
   return {
     name: f"{int(first):08x}{int(second):08x}"
     for name, (first, second) in jax.device_get(sums).items()

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import pathlib
 import signal
 import sys
 import time
@@ -28,7 +29,7 @@ from avjax import (
 from avjax.checkpoint import Checkpoints, RunLock
 from avjax.data import pipeline
 from avjax.errors import InputError, unknown
-from avjax.workdir import Workdir, make_folder, workdir
+from avjax.workdir import Workdir, make_folder, workdir, write_text
 from avjax.writer import Writer
 
 # Keys that may change between a run and its continuation: they do not change
@@ -74,28 +75,33 @@ def train_and_evaluate(
     if jax.process_index() == 0:
       initialise.note_stages(run, config.stages)
     previous = run.stage(name)
-    scores = train_stage(stage, previous, profile)
+    more = name != config.stages[-1]
+    scores = train_stage(stage, previous, profile, more=more)
   if jax.process_index() == 0:
     report.write_staged(run, config.stages)
-    run.done.write_text(json.dumps({"scores": scores}, indent=2) + "\n")
+    write_text(run.done, json.dumps({"scores": scores}, indent=2) + "\n")
   return scores
 
 
 def train_stage(
-  config: Any, run: Workdir, profile: str = ""
+  config: Any, run: Workdir, profile: str = "", *, more: bool = False
 ) -> dict[str, float]:
-  """One stage; see train_and_evaluate."""
+  """One stage; see train_and_evaluate. `more` says whether others follow."""
   config = objects.counted(config)
   if run.done.exists():
     check_config(config, run)
     logging.info("%s is finished, nothing to do", run.root)
-    return json.loads(run.done.read_text())["scores"]
+    return report.final_scores(run)
   make_folder(run.root)
   with RunLock(run.lock):
     check_config(config, run)
     loop = Loop(config, run, profile)
     with loop.signals():
-      return loop.go()
+      scores = loop.go()
+      if more and loop.agreed():
+        logging.info("this stage is done; the same command goes on from there")
+        sys.exit(128 + signal.SIGTERM)
+      return scores
 
 
 def check_config(config: Any, run: Workdir) -> None:
@@ -113,6 +119,8 @@ def check_config(config: Any, run: Workdir) -> None:
     old = config_lib.completed(run.read_config())
     rows = config_lib.differences(old, new)
     rows = [row for row in rows if not row.startswith(FREE_KEYS)]
+    if _same_stage(old["init_from"], new["init_from"], run):
+      rows = [row for row in rows if not row.startswith("init_from:")]
     if rows:
       raise InputError(
         f"{run.root} holds a run with another config; choose another "
@@ -122,12 +130,21 @@ def check_config(config: Any, run: Workdir) -> None:
   if jax.process_index() == 0:
     text = json.dumps(new, indent=2) + "\n"
     if not run.config.exists() or run.config.read_text() != text:
-      temporary = run.config.with_suffix(".tmp")
-      temporary.write_text(text)
-      temporary.replace(run.config)
+      write_text(run.config, text)
     names = {h: pipeline.class_names(config.data, h) for h in config.data.heads}
-    run.classes.write_text(json.dumps(names, indent=2) + "\n")
+    write_text(run.classes, json.dumps(names, indent=2) + "\n")
     objects.note(config.data, run, begun=begun)
+
+
+def _same_stage(old: str, new: str, run: Workdir) -> bool:
+  """Whether `new` is the stage beside `run`, and `old` one of its name.
+
+  A run's folder may be moved, or named otherwise.
+  """
+  beside = pathlib.Path(new).resolve().parent == run.root.resolve().parent
+  return (
+    bool(new) and beside and pathlib.Path(old).name == pathlib.Path(new).name
+  )
 
 
 class Loop:
@@ -138,6 +155,7 @@ class Loop:
     self.trace = profiling.Trace(profile, run.root / "profile")
     self.interrupted = False
     self.scores: dict[str, float] = {}
+    self.scored: dict[str, int] = {}  # evaluation -> its step
     self.skipped = pipeline.Skipped()
     self.left_out: evaluate.LeftOut = {}
 
@@ -280,6 +298,7 @@ class Loop:
       self.writer.scalars(step, scores)
       logging.info("step %d %s", step, report.in_words(scores))
       self.scores.update(scores)
+      self.scored[name] = step
       if best.split("/")[0] == name and best not in scores:
         raise unknown("metric in checkpoint.best", best, scores)
 
@@ -313,7 +332,9 @@ class Loop:
     """Starts an asynchronous checkpoint."""
     metrics = self.scores or None
     best = self.config.checkpoint.best
-    if best and best not in self.scores:
+    # Scores of an earlier step are not this one's.
+    fresh = self.scored.get(best.split("/")[0]) == step
+    if best and not (fresh and best in self.scores):
       metrics = None
     self.checkpoints.save(
       step,
@@ -342,9 +363,8 @@ class Loop:
       report.write(
         self.run, self.config, self.scores, self.skipped, self.left_out
       )
-      self.run.done.write_text(
-        json.dumps({"step": total, "scores": self.scores}, indent=2) + "\n"
-      )
+      record = {"step": total, "scores": self.scores}
+      write_text(self.run.done, json.dumps(record, indent=2) + "\n")
 
   @contextlib.contextmanager
   def signals(self) -> Iterator[None]:
@@ -370,10 +390,14 @@ class Loop:
 
   def stopping(self, step: int) -> bool:
     """Whether to save and leave now; all processes agree on the step."""
+    if jax.process_count() > 1 and step % self.config.log_every:
+      return False
+    return self.agreed()
+
+  def agreed(self) -> bool:
+    """Whether any process was interrupted; all have to ask."""
     if jax.process_count() == 1:
       return self.interrupted
-    if step % self.config.log_every:
-      return False
     from jax.experimental import multihost_utils
 
     flags = multihost_utils.process_allgather(np.array(self.interrupted))

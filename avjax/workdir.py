@@ -89,6 +89,13 @@ def workdir(path: str | pathlib.Path) -> Workdir:
   return Workdir(pathlib.Path(path).expanduser())
 
 
+def write_text(path: pathlib.Path, text: str) -> None:
+  """Writes a file whole: what was there before stays until then."""
+  temporary = path.with_name(f"{path.name}.tmp")
+  temporary.write_text(text)
+  temporary.replace(path)
+
+
 def make_folder(path: pathlib.Path) -> None:
   """Makes a folder and those above it, where they are not there.
 

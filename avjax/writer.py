@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from absl import logging
 
-from avjax.workdir import Workdir
+from avjax.workdir import Workdir, write_text
 
 
 def _tensorboard() -> Any:
@@ -85,4 +85,4 @@ def _drop_after(path: Any, step: int) -> None:
         kept.append(line)
     except (json.JSONDecodeError, KeyError):
       logging.warning("%s: dropped an unfinished line", path)
-  path.write_text("".join(f"{line}\n" for line in kept))
+  write_text(path, "".join(f"{line}\n" for line in kept))

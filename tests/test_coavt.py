@@ -304,6 +304,9 @@ def test_classifier_reads_the_mean_of_the_queries():
   mixed = made.predict(own, lacking)["label"]
   pictures = made.predict(own, given, mode="v")["label"]
   np.testing.assert_allclose(mixed[1], pictures[1], atol=1e-5)
+  both = made.embed(own, lacking)["av"]
+  np.testing.assert_array_equal(both[1], means["video"][1])
+  np.testing.assert_array_equal(both[::2], means["av"][::2])
 
 
 def test_micro_batches_drop_differently():

@@ -236,7 +236,9 @@ class Copier(Method):
       made[f"{m}/input"] = x
       made[f"joint/{m}/output"] = x + jnp.where(mask, 0.5, 9.0)
       made[f"joint/{m}/mask"] = mask
-      made[f"inpaint/{m}/output"] = x + 1.0
+      # Of a modality that is not there nothing can be inpainted.
+      lacks = ~inputs["has_video"].reshape(-1, *[1] * (x.ndim - 1))
+      made[f"inpaint/{m}/output"] = x + 1.0 + 9.0 * lacks
       made[f"inpaint/{m}/mask"] = jnp.ones_like(mask)
     return made
 

@@ -3,6 +3,7 @@
 import os
 import pathlib
 import signal
+import types
 
 import jax
 import pytest
@@ -89,6 +90,57 @@ def test_ctrl_c_while_a_run_starts_ends_it(demo_data, tmp_path, monkeypatch):
   assert ended.value.code == 128 + signal.SIGTERM
   assert not list((tmp_path / "checkpoints").glob("[0-9]*"))
   assert signal.getsignal(signal.SIGINT) is before
+
+
+class Finished(train.Loop):
+  """Was interrupted while it ended."""
+
+  def go(self):
+    self.interrupted = True
+    return {}
+
+
+@pytest.mark.parametrize("more", [True, False])
+def test_a_signal_in_the_last_step_begins_no_other_stage(
+  more, demo_data, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(train, "Loop", Finished)
+  config = runs.plain(pretraining(demo_data))
+  if not more:
+    assert train.train_stage(config, Workdir(tmp_path)) == {}
+    return
+  with pytest.raises(SystemExit) as ended:
+    train.train_stage(config, Workdir(tmp_path), more=True)
+  assert ended.value.code == 128 + signal.SIGTERM
+
+
+def test_scores_of_an_earlier_step_are_not_a_later_ones(demo_data, tmp_path):
+  config = pretraining(demo_data)
+  config.checkpoint.best = "retrieval/mAP"
+  loop, saved = train.Loop(config, Workdir(tmp_path)), {}
+  loop.checkpoints = types.SimpleNamespace(
+    save=lambda step, state, metrics, extra: saved.update({step: metrics})
+  )
+  loop.scores, loop.scored = {"retrieval/mAP": 0.5}, {"retrieval": 2}
+  for step in (2, 3):
+    loop.save(step, {})
+  assert saved == {2: {"retrieval/mAP": 0.5}, 3: None}
+
+
+def test_a_staged_run_goes_on_from_another_place(tmp_path):
+  run = Workdir(tmp_path / "moved/finetune")
+  beside = str(tmp_path / "moved/pretrain")
+  assert train._same_stage("runs/demo/pretrain", beside, run)
+  assert not train._same_stage("runs/demo/pretrain", "other/pretrain", run)
+  assert not train._same_stage("runs/demo/first", beside, run)
+  assert not train._same_stage("runs/demo/first", "", run)
+
+
+def test_a_mark_that_cannot_be_read_is_named(demo_data, tmp_path):
+  run = Workdir(tmp_path)
+  run.done.touch()
+  with pytest.raises(InputError, match="done.json cannot be read"):
+    report.final_scores(run)
 
 
 def test_clips_left_out_of_scores_are_listed(broken_data, tmp_path):

@@ -18,6 +18,7 @@ from avjax.errors import InputError
 from avjax.evaluators.base import Context, Evaluator
 from avjax.evaluators.classification import fold_views
 from avjax.methods.base import Params
+from avjax.nn.cav_encoder import INPUTS
 
 COLUMNS = 8  # frames of a clip shown, at most
 VIEWS = {"joint": "joint", "inpaint": "inpainted"}
@@ -86,7 +87,11 @@ class Reconstruction(Evaluator):
     made = self.context.method.reconstruct(params, inputs, jax.random.key(1))
     pairs = {"valid": metrics.pair(jnp.ones(valid.shape), valid)}
     for view, m in _views(made):
-      shown = valid & inputs.get(f"has_{m}", True)
+      # What is inpainted comes from the other modality.
+      needed = INPUTS if view == "inpaint" else (m,)
+      shown = valid
+      for name in needed:
+        shown &= inputs.get(f"has_{name}", True)
       name = f"mse/{m}" if f"mse/{m}" not in pairs else f"mse/{m}_{view}"
       pairs[name] = _error(made, view, m, shown)
     clips = {name: rows[: self.count] for name, rows in made.items()}

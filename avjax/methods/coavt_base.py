@@ -148,6 +148,8 @@ class CoAVTMethod(CAVMethod):
   ) -> dict[str, Float[Array, "b _"]]:
     """'audio', 'video' and 'av', of `modality` and the inputs what is there.
 
+    'av' of an example that lacks a modality (`has_<m>`) is that of the other.
+
     The mean over the queries before the projection (§IV-C3), or over the
     tokens of a model without a query encoder.
     """
@@ -158,6 +160,11 @@ class CoAVTMethod(CAVMethod):
       asked = self.model.get("query_encoder", True)
       name = {"a": "audio", "v": "video", "av": "av"}[mode]
       found[name] = pooled(self.asked(params, x)[0] if asked else x)
+    if "av" in found:
+      for m, other in (("audio", "video"), ("video", "audio")):
+        if f"has_{m}" in inputs:
+          has = inputs[f"has_{m}"][:, None]
+          found["av"] = jnp.where(has, found["av"], found[other])
     return found
 
   # --- Optimiser ---
