@@ -52,7 +52,7 @@ def test_streams_start_from_a_run_each(demo_data, tmp_path):
   assert any(path.startswith("audio/decoder") for path in report["unused"])
 
 
-def fake_stage(config, run, profile):
+def fake_stage(config, run, profile, *, more):
   """What a stage leaves that tells it has been trained."""
   (run.checkpoints / "1").mkdir(parents=True, exist_ok=True)
   run.config.write_text("{}")
