@@ -109,6 +109,15 @@ def batches(
       left_out[section.split] = sorted({*known, *lost})
 
 
+def merged(left_out: LeftOut) -> LeftOut:
+  """Those of all processes, each of which calls it."""
+  found: dict[str, set[str]] = {}
+  for part in parallel.exchange(left_out):
+    for split, names in part.items():
+      found.setdefault(split, set()).update(names)
+  return {split: sorted(names) for split, names in found.items()}
+
+
 def restored(
   run: Workdir, setup: Experiment, step: int | None
 ) -> tuple[int, Any]:
@@ -222,6 +231,7 @@ def evaluate(
       values = evaluator.run(params, step)
       scores |= {f"{name}/{key}": float(v) for key, v in values.items()}
   writer.close()
+  left_out = merged(left_out)
   if jax.process_index() == 0:
     record = {"step": step, "set": changed, "scores": scores}
     record["left_out"] = left_out

@@ -5,6 +5,7 @@ Axes: `data` splits the batch, `fsdp` splits the batch and the parameters,
 only says where the arguments and results of the step lie.
 """
 
+import json
 import math
 import re
 from collections.abc import Sequence
@@ -182,3 +183,21 @@ def to_host(tree: Any) -> Any:
   if jax.process_count() > 1:
     return multihost_utils.process_allgather(tree, tiled=True)
   return jax.device_get(tree)
+
+
+def exchange(value: Any) -> list[Any]:
+  """What each process passed, in their order; all have to call it.
+
+  Args:
+    value: as JSON can hold it; tuples come back as lists.
+  """
+  if jax.process_count() == 1:
+    return [json.loads(json.dumps(value))]
+  text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  sizes = multihost_utils.process_allgather(np.array(len(text)))
+  padded = np.pad(text, (0, int(sizes.max()) - len(text)))
+  rows = multihost_utils.process_allgather(padded)
+  return [
+    json.loads(row[:size].tobytes())
+    for row, size in zip(np.asarray(rows), sizes, strict=True)
+  ]

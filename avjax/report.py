@@ -29,7 +29,7 @@ def write(
   run: Workdir,
   config: Any,
   scores: Mapping[str, float],
-  skipped: Any,
+  skipped: Mapping[str, int],
   left_out: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
   """Writes report.md of one stage.
@@ -38,7 +38,7 @@ def write(
     run: its folder.
     config: of the stage.
     scores: of its evaluations.
-    skipped: `pipeline.Skipped` of the training.
+    skipped: id -> how often training could not read it.
     left_out: ids by split that evaluations could not read.
   """
   lines = [f"# {run.root.name}", "", f"Method {config.method}.", ""]
@@ -57,15 +57,14 @@ def write(
   run.report.write_text("\n".join(lines))
 
 
-def skipped_lines(skipped: Any) -> list[str]:
+def skipped_lines(skipped: Mapping[str, int]) -> list[str]:
   """How many clips could not be read, and which."""
-  counts = skipped.dump()
-  if not counts:
+  if not skipped:
     return ["Skipped clips: none."]
   return [
-    f"Skipped clips: {len(counts)}.",
+    f"Skipped clips: {len(skipped)}.",
     "",
-    *(f"- `{name}`: {times}" for name, times in sorted(counts.items())),
+    *(f"- `{name}`: {times}" for name, times in sorted(skipped.items())),
   ]
 
 

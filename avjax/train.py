@@ -1,5 +1,6 @@
 """The only training loop."""
 
+import collections
 import contextlib
 import json
 import pathlib
@@ -156,7 +157,7 @@ class Loop:
     self.interrupted = False
     self.scores: dict[str, float] = {}
     self.scored: dict[str, int] = {}  # evaluation -> its step
-    self.skipped = pipeline.Skipped()
+    self.skipped, self.first = pipeline.Skipped(), 0
     self.left_out: evaluate.LeftOut = {}
 
   def go(self) -> dict[str, float]:
@@ -174,6 +175,7 @@ class Loop:
     # ---- 1. restore, else init_from, else random: in this order, so that a
     # restarted fine-tuning never reads the pretrained weights again.
     state, first = self.first_state()
+    self.first = first
     self.writer = Writer(self.run, first)
     self.evaluators = evaluate.make_evaluators(
       self.setup, self.run, self.writer, self.left_out
@@ -193,7 +195,8 @@ class Loop:
     if self.checkpoints.steps():
       step, state, extra = self.checkpoints.restore(setup.stored_shapes())
       self.scores = dict(extra.get("scores", {}))
-      self.skipped.load(extra.get("skipped", {}))
+      if jax.process_index() == 0:  # They are those of all processes.
+        self.skipped.load(extra.get("skipped", {}))
       self.left_out.update(extra.get("left_out", {}))
       logging.info("resumed from step %d of %s", step, self.run.checkpoints)
       return setup.place(state), step
@@ -340,12 +343,15 @@ class Loop:
       step,
       experiment.stored(self.config, state),
       metrics=metrics,
-      extra={
-        "scores": self.scores,
-        "skipped": self.skipped.dump(),
-        "left_out": self.left_out,
-      },
+      extra={"scores": self.scores, **self.lost(step)},
     )
+
+  def lost(self, step: int) -> dict[str, Any]:
+    """Clips that no process could read, in training up to a step and later."""
+    counts: collections.Counter[str] = collections.Counter()
+    for part in parallel.exchange(self.skipped.dump(step - self.first)):
+      counts.update(part)
+    return {"skipped": dict(counts), "left_out": evaluate.merged(self.left_out)}
 
   def finish(self, state: Any) -> None:
     """Final scores, report, and the mark that the stage is done."""
@@ -359,10 +365,9 @@ class Loop:
     ]
     self.evaluate(state, total, missing)
     self.checkpoints.wait()
+    lost = self.lost(total)
     if jax.process_index() == 0:
-      report.write(
-        self.run, self.config, self.scores, self.skipped, self.left_out
-      )
+      report.write(self.run, self.config, self.scores, **lost)
       record = {"step": total, "scores": self.scores}
       write_text(self.run.done, json.dumps(record, indent=2) + "\n")
 

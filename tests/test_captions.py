@@ -125,13 +125,8 @@ def test_the_picture_and_the_report(demo_data, tmp_path):
   [(name, image)] = pictures
   assert name == "test_captions"
   assert 0.3 < (image == 255).all(axis=-1).mean() < 0.95
-  report.write(context.workdir, made, {}, Skipped())
+  report.write(context.workdir, made, {}, {})
   written = context.workdir.report.read_text()
   split = records.Split(made.data, "test").column("id")
   assert f"| {split[0]} | a bell rings | " in written
   assert f"| {split[3]} | a drum booms | " in written
-
-
-class Skipped:
-  def dump(self):
-    return {}

@@ -10,7 +10,6 @@ import pytest
 
 from avjax import commands, evaluate, experiment, parallel, report, train
 from avjax.config import base_config, eval_section
-from avjax.data import pipeline
 from avjax.errors import InputError, SaveError
 from avjax.evaluators.retrieval import Retrieval
 from avjax.workdir import Workdir
@@ -156,7 +155,7 @@ def test_clips_left_out_of_scores_are_listed(broken_data, tmp_path):
     list(evaluate.batches(setup, section, left_out))
   assert left_out == {"train": ["-2"]}
   run = Workdir(tmp_path)
-  report.write(run, config, {}, pipeline.Skipped(), left_out)
+  report.write(run, config, {}, {}, left_out)
   text = run.report.read_text()
   assert "Left out of the scores on train: 1.\n\n- `-2`\n" in text
 

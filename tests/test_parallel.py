@@ -58,10 +58,14 @@ except InputError as error:
   assert "each has 2" in str(error)
 else:
   raise AssertionError("not refused")
+from avjax import evaluate
+mine = {"test": ["ä", "b"]} if process else {"test": ["b"], "train": []}
+assert parallel.exchange([process, "ä" * process]) == [[0, ""], [1, "ä"]]
+assert evaluate.merged(mine) == {"test": ["b", "ä"], "train": []}
 """
 
 
-def test_tensor_stays_within_a_process(tmp_path):
+def test_processes_keep_to_their_devices_and_tell_each_other(tmp_path):
   runs.two_processes(PROCESSES, tmp_path)
 
 

@@ -390,6 +390,16 @@ def test_unreadable_clip_is_replaced_and_counted(broken_data):
   assert again.dump() == {"-2": 3}
 
 
+def test_batches_read_ahead_count_when_they_are_taken():
+  skipped = pipeline.Skipped()
+  skipped.load({"c": 4})
+  for failed in ([("c", "corrupt")], [], [("c", "corrupt"), ("d", "corrupt")]):
+    skipped.add(failed, 8)
+  assert skipped.dump(0) == {"c": 4}
+  assert skipped.dump(1) == skipped.dump(2) == {"c": 5}
+  assert skipped.dump(3) == skipped.dump() == {"c": 6, "d": 1}
+
+
 def test_unreadable_clip_never_counts_in_evaluation(broken_data):
   (batch,) = pipeline.eval_batches(broken_data, split="train", batch_size=8)
   assert batch["valid"].tolist() == [k != 2 for k in range(8)]

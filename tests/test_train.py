@@ -11,6 +11,7 @@ import pytest
 from avjax import config as config_lib
 from avjax import train, trees
 from avjax.checkpoint import Checkpoints
+from avjax.data import batches
 from avjax.errors import InputError
 from avjax.workdir import workdir
 from configs import avmae_vgg
@@ -41,7 +42,21 @@ def assert_same(a, b):
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-def test_five_and_five_steps_equal_ten_bit_for_bit(demo_data, tmp_path):
+@pytest.fixture
+def third_fails(monkeypatch):
+  """Another clip stands in for "x" at each third place of the run."""
+  fill = batches.Batches._fill
+
+  def filled(self, batch, first, row):
+    name, failed = fill(self, batch, first, row)
+    return name, failed + [("x", "corrupt")] * ((first + row) % 3 == 0)
+
+  monkeypatch.setattr(batches.Batches, "_fill", filled)
+
+
+def test_five_and_five_steps_equal_ten_bit_for_bit(
+  demo_data, tmp_path, third_fails
+):
   config = stage(
     demo_data, total_steps=10, checkpoint__every_steps=5,
     optimizer__average="ema",
@@ -60,6 +75,9 @@ def test_five_and_five_steps_equal_ten_bit_for_bit(demo_data, tmp_path):
   assert (step_a, step_b) == (10, 10)
   assert_same(a, b)
   assert runs.losses(tmp_path / "ten") == runs.losses(tmp_path / "five")
+  times = -(-10 * config.batch_size // 3)
+  for name in ("ten", "five"):
+    assert f"- `x`: {times}\n" in (tmp_path / name / "report.md").read_text()
 
 
 def test_losses_are_equal_on_one_and_eight_devices(demo_data, tmp_path):

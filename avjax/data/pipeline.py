@@ -74,7 +74,9 @@ class Skipped:
     self._max_share = max_share
     self._lock = threading.Lock()
     self._counts: dict[str, int] = {}
-    self._failed = self._seen = 0
+    self._ahead: list[tuple[int, str]] = []  # number of the batch, id
+    self._known: set[str] = set()
+    self._batches = self._failed = self._seen = 0
 
   def add(self, failed: Sequence[tuple[str, str]], seen: int) -> None:
     """Counts one batch.
@@ -87,12 +89,14 @@ class Skipped:
       InputError: too large a share of all clips cannot be read.
     """
     with self._lock:
+      self._batches += 1
       self._seen += seen
       self._failed += len(failed)
       for name, reason in failed:
-        if name not in self._counts:
+        if name not in self._known:
           logging.warning("clip %s is skipped: %s", name, reason)
-        self._counts[name] = self._counts.get(name, 0) + 1
+        self._known.add(name)
+        self._ahead.append((self._batches, name))
       tried = self._seen + self._failed
       if failed and self._failed > self._max_share * tried:
         raise InputError(
@@ -101,15 +105,27 @@ class Skipped:
           f"{failed[-1][1]}"
         )
 
-  def dump(self) -> dict[str, int]:
-    """Id -> how often it was skipped."""
+  def dump(self, batches: int | None = None) -> dict[str, int]:
+    """Id -> how often it was skipped.
+
+    Args:
+      batches: count the first so many batches since the start or `load`, at
+        least as many as before; those that were read ahead come again in a
+        run that goes on. None = all.
+    """
     with self._lock:
+      stop = self._batches if batches is None else batches
+      for number, name in self._ahead:
+        if number <= stop:
+          self._counts[name] = self._counts.get(name, 0) + 1
+      self._ahead = [pair for pair in self._ahead if pair[0] > stop]
       return dict(self._counts)
 
   def load(self, counts: Mapping[str, int]) -> None:
     """Goes on from counts saved before."""
     with self._lock:
       self._counts = {str(name): int(n) for name, n in counts.items()}
+      self._known.update(self._counts)
 
 
 # --------------------------------------------------------------- iterators
