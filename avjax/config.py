@@ -181,6 +181,8 @@ def base_config() -> ConfigDict:
 
 # Of the computation: `config.dtype`.
 DTYPES = ("float32", "bfloat16")
+# That a run reads: `config.data.modality`.
+TRACKS = ("a", "v", "av")
 
 # Log-mel, computed on the device: `config.data.fbank`.
 FBANK = {

@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from avjax import averaging, grad_cache, methods, optim, parallel
-from avjax.config import DTYPES
+from avjax.config import DTYPES, TRACKS
 from avjax.data import augment, pipeline, text
 from avjax.errors import InputError, lookup
 from avjax.methods.base import Method
@@ -116,6 +116,7 @@ def build(
   if config.log_every < 1:
     raise InputError(f"log_every is {config.log_every}; expected at least 1")
   lookup(dict.fromkeys(DTYPES), config.dtype, "dtype")
+  lookup(dict.fromkeys(TRACKS), config.data.modality, "data.modality")
   mesh = parallel.make_mesh(config.mesh)
   method = methods.make(config)
   check_batch(config, batch_size, mesh, method.batch_multiple)

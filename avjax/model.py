@@ -211,9 +211,9 @@ class Model:
       batch = self.batch(clips)
       _need_tracks(batch, range(len(batch["index"])), mode)
       return jax.device_get(compute(batch))
-    paths = [clips] if isinstance(clips, (str, pathlib.Path)) else list(clips)
+    paths = pipeline.media_files(clips)
     parts = []
-    for first in range(0, max(len(paths), 1), CHUNK):
+    for first in range(0, len(paths), CHUNK):
       some = paths[first : first + CHUNK]
       batch = self.batch(some)
       _need_tracks(batch, some, mode)
@@ -230,8 +230,6 @@ class Model:
     if isinstance(clips, Mapping):
       batch_lib.check(clips)
       return batch_lib.arrays(clips)
-    if isinstance(clips, (str, pathlib.Path)):
-      clips = [clips]
     host = pipeline.batch_of_files(clips, self.config.data)
     return batch_lib.arrays(host)
 

@@ -234,6 +234,10 @@ def test_many_files_go_in_chunks_of_one_size(model, media, monkeypatch):
     np.testing.assert_allclose(rows, whole[name], atol=1e-5)
   with pytest.raises(InputError, match="no media files were given"):
     model.embed([])
+  with pytest.raises(InputError, match="given by its path, not as int"):
+    pipeline.media_files(3)
+  with pytest.raises(InputError, match="given by its path, not as bytes"):
+    pipeline.media_files([b"a.mp4"])
 
 
 def test_a_run_of_an_earlier_version_is_loaded(run_dir, model, tmp_path):

@@ -42,6 +42,7 @@ def begin(config, folder):
     ({"log_every": 0}, "log_every is 0; expected at least 1"),
     ({"batch_size": 0}, "batch size 0 is less than 1"),
     ({"data__workers": -1}, "data.workers is -1"),
+    ({"data__modality": "x"}, "unknown data.modality 'x'. Known: a, av, v"),
     ({"checkpoint__best": "retreival/mAP"}, "Did you mean 'retrieval/…'"),
   ],
 )

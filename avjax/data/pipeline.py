@@ -10,7 +10,7 @@ import math
 import pathlib
 import sys
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import grain
@@ -249,6 +249,26 @@ def _iterate(making, first, stop, data, skipped) -> Iterator[dict[str, Any]]:
     iterator.close()
 
 
+def media_files(paths: Any) -> list[str | pathlib.Path]:
+  """One or several files as a list.
+
+  Raises:
+    InputError: there are none, or one is no path.
+  """
+  if isinstance(paths, (str, pathlib.Path)):
+    return [paths]
+  if not isinstance(paths, Iterable):
+    paths = [paths]
+  paths = list(paths)
+  if not paths:
+    raise InputError("no media files were given")
+  for path in paths:
+    if not isinstance(path, (str, pathlib.Path)):
+      kind = type(path).__name__
+      raise InputError(f"a media file is given by its path, not as {kind}")
+  return paths
+
+
 def batch_of_files(
   paths: str | pathlib.Path | Sequence[Any], data: Any
 ) -> dict[str, Any]:
@@ -270,10 +290,7 @@ def batch_of_files(
       "a model of stored features (data.features) reads no media files; make "
       "their features with `python -m data_prep.features`"
     )
-  if isinstance(paths, (str, pathlib.Path)):
-    paths = [paths]
-  if not len(paths):
-    raise InputError("no media files were given")
+  paths = media_files(paths)
   cutter = example.Cutter(data)
   cutter.data["heads"] = ()
   shapes = example.shapes(cutter.data, len(paths), train=False)
