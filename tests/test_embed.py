@@ -236,8 +236,9 @@ def test_many_files_go_in_chunks_of_one_size(model, media, monkeypatch):
     model.embed([])
   with pytest.raises(InputError, match="given by its path, not as int"):
     pipeline.media_files(3)
-  with pytest.raises(InputError, match="given by its path, not as bytes"):
-    pipeline.media_files([b"a.mp4"])
+  for paths in (b"a.mp4", [b"a.mp4"]):
+    with pytest.raises(InputError, match="given by its path, not as bytes"):
+      pipeline.media_files(paths)
 
 
 def test_a_run_of_an_earlier_version_is_loaded(run_dir, model, tmp_path):

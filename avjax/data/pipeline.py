@@ -257,7 +257,7 @@ def media_files(paths: Any) -> list[str | pathlib.Path]:
   """
   if isinstance(paths, (str, pathlib.Path)):
     return [paths]
-  if not isinstance(paths, Iterable):
+  if isinstance(paths, bytes) or not isinstance(paths, Iterable):
     paths = [paths]
   paths = list(paths)
   if not paths:
