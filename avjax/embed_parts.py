@@ -1,8 +1,6 @@
 """The files of `avjax.embed`: parts of unfinished work, and the result."""
 
-import contextlib
 import json
-import os
 import pathlib
 import shutil
 import time
@@ -18,6 +16,7 @@ from avjax import config as config_lib
 from avjax import trees
 from avjax.checkpoint import RunLock
 from avjax.errors import InputError
+from avjax.workdir import replacing, write_text
 
 # A part is written once it holds so many clips or is so old.
 CLIPS = 512
@@ -80,8 +79,7 @@ class Parts:
       )
     for stray in self.folder.glob("*.tmp"):
       stray.unlink()
-    with replacing(path) as temporary:
-      temporary.write_text(json.dumps(self._job, indent=2) + "\n")
+    write_text(path, json.dumps(self._job, indent=2) + "\n")
 
   def _paths(self) -> list[pathlib.Path]:
     return sorted(self.folder.glob("part_*.npz"))
@@ -159,17 +157,6 @@ def _read(path: pathlib.Path) -> dict[str, np.ndarray]:
     return {name: arrays[name] for name in arrays.files}
 
 
-@contextlib.contextmanager
-def replacing(path: pathlib.Path) -> Any:
-  """A temporary path beside `path`, put in its place if all goes well."""
-  temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-  try:
-    yield temporary
-    os.replace(temporary, path)
-  finally:
-    temporary.unlink(missing_ok=True)
-
-
 def fingerprint(params: Any) -> str:
   """A checksum of all parameters and their names."""
   total = 0
@@ -245,8 +232,7 @@ def _arrow() -> tuple[Any, Any]:
 def write_report(output: pathlib.Path, report: Mapping[str, Any]) -> None:
   """Writes <output>.report.json."""
   path = output.with_name(output.name + ".report.json")
-  with replacing(path) as temporary:
-    temporary.write_text(json.dumps(report, indent=2) + "\n")
+  write_text(path, json.dumps(report, indent=2) + "\n")
 
 
 WRITERS = {".npz": write_npz, ".parquet": write_parquet}

@@ -9,7 +9,7 @@ from typing import Any
 
 from avjax.data import object_scores
 from avjax.errors import InputError
-from avjax.workdir import Workdir
+from avjax.workdir import Workdir, write_text
 
 
 def counted(config: Any) -> Any:
@@ -62,4 +62,4 @@ def note(data: Any, run: Workdir, *, begun: bool) -> None:
           f"{run.root} was trained with other {key} of objects than those in "
           f"{data.object_scores}; {run.objects} has them"
         )
-  run.objects.write_text(json.dumps(said, indent=2) + "\n")
+  write_text(run.objects, json.dumps(said, indent=2) + "\n")

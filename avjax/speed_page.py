@@ -51,6 +51,7 @@ from avjax import (
 from avjax import config as config_lib
 from avjax.errors import InputError
 from avjax.speed_rows import Task
+from avjax.workdir import write_text
 
 Row = dict[str, Any]
 
@@ -329,9 +330,7 @@ def read(path: pathlib.Path) -> list[Row]:
 def write(path: pathlib.Path, rows: Sequence[Row]) -> None:
   """Replaces the file at once, so that a stop leaves a whole one."""
   path.parent.mkdir(parents=True, exist_ok=True)
-  part = path.with_name(f"{path.name}.part")
-  part.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
-  os.replace(part, path)
+  write_text(path, json.dumps({"rows": rows}, indent=1) + "\n")
 
 
 # A row takes the place of an earlier one that agrees in these.

@@ -1,8 +1,11 @@
 """The names of what lies in a run's folder."""
 
+import contextlib
 import dataclasses
 import json
+import os
 import pathlib
+from collections.abc import Iterator
 from typing import Any
 
 from avjax.errors import InputError
@@ -89,11 +92,21 @@ def workdir(path: str | pathlib.Path) -> Workdir:
   return Workdir(pathlib.Path(path).expanduser())
 
 
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A temporary path beside `path`, put in its place if all goes well."""
+  temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+  try:
+    yield temporary
+    os.replace(temporary, path)
+  finally:
+    temporary.unlink(missing_ok=True)
+
+
 def write_text(path: pathlib.Path, text: str) -> None:
   """Writes a file whole: what was there before stays until then."""
-  temporary = path.with_name(f"{path.name}.tmp")
-  temporary.write_text(text)
-  temporary.replace(path)
+  with replacing(path) as temporary:
+    temporary.write_text(text, encoding="utf-8")
 
 
 def make_folder(path: pathlib.Path) -> None:

@@ -29,6 +29,7 @@ from absl import flags
 from avjax import commands
 from avjax.data import id_list, records
 from avjax.errors import InputError
+from avjax.workdir import write_text
 from data_prep import stats, tables
 
 _LISTED = 5  # ids without a clip that are printed
@@ -168,9 +169,7 @@ def main(argv: list[str]) -> None:
     raise InputError(f"no clip of split {flag.split!r} was chosen")
   output = pathlib.Path(flag.output).expanduser()
   output.parent.mkdir(parents=True, exist_ok=True)
-  temporary = output.with_name(output.name + ".tmp")
-  temporary.write_text("".join(f"{name}\n" for name in chosen))
-  temporary.replace(output)
+  write_text(output, "".join(f"{name}\n" for name in chosen))
   print(f"{output}: {len(chosen)} of {len(ids)} clips")
 
 

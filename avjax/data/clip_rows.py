@@ -23,6 +23,7 @@ import numpy as np
 from jaxtyping import Bool, Int
 
 from avjax.errors import InputError
+from avjax.workdir import write_text
 
 
 class Rows:
@@ -398,9 +399,7 @@ def _locked(path: pathlib.Path, words: str) -> int:
 
 
 def _write(path: pathlib.Path, said: Mapping[str, Any]) -> None:
-  part = path.with_suffix(".part")
-  part.write_text(json.dumps(said, indent=1), encoding="utf-8")
-  part.replace(path)
+  write_text(path, json.dumps(said, indent=1))
 
 
 def _read(

@@ -30,6 +30,7 @@ from rich import progress as rich_progress
 import avjax
 from avjax.data import demo_clip
 from avjax.errors import InputError
+from avjax.workdir import replacing
 
 CLASSES: tuple[str, ...] = demo_clip.CLASSES
 GROUPS: dict[str, str] = demo_clip.GROUPS
@@ -132,9 +133,8 @@ def _check_settings(folder: pathlib.Path, seed: int) -> None:
 
 def _write(path: pathlib.Path, content: bytes) -> None:
   """Writes a file that is whole or absent at any time."""
-  part = path.with_name(f"{path.name}.{os.getpid()}.part")
-  part.write_bytes(content)
-  part.replace(path)
+  with replacing(path) as temporary:
+    temporary.write_bytes(content)
 
 
 def write_clips(media: pathlib.Path, keys: Iterable) -> Iterator[str]:

@@ -22,6 +22,7 @@ import safetensors.numpy
 from avjax import trees
 from avjax.errors import InputError, lookup
 from avjax.weights import scenic
+from avjax.workdir import replacing
 
 Arrays = dict[str, np.ndarray]
 Path = str | os.PathLike[str]
@@ -90,15 +91,11 @@ def write(
   file = pathlib.Path(path).expanduser()
   write_to = lookup(WRITERS, file.suffix, "suffix of a weights file to write")
   file.parent.mkdir(parents=True, exist_ok=True)
-  unfinished = file.with_name(file.name + ".tmp")
   tidy = {name: np.ascontiguousarray(x) for name, x in arrays.items()}
   # `ascontiguousarray` makes a scalar one of rank 1.
   tidy = {name: x.reshape(np.shape(arrays[name])) for name, x in tidy.items()}
-  try:
+  with replacing(file) as unfinished:
     write_to(unfinished, tidy, dict(metadata or {}))
-    os.replace(unfinished, file)
-  finally:
-    unfinished.unlink(missing_ok=True)
 
 
 def torch_library() -> Any:
