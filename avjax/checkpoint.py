@@ -21,12 +21,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
-import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 from jax.experimental import multihost_utils
 
-from avjax import stored_step, trees
+from avjax import parallel, stored_step, trees
 from avjax.errors import InputError, SaveError, lookup, unknown
 
 Path = str | pathlib.Path
@@ -326,7 +325,7 @@ def _restore(directory, template, step, *, damaged, choose=list):
       )
     except stored_step.DamageError as error:
       reason = str(error)
-    if _everywhere(not reason):
+    if all(parallel.exchange(not reason)):
       return candidate, state, body
     damaged[candidate] = reason or "damaged as another process reads it"
     logging.warning("%s", damaged[candidate])
@@ -336,14 +335,7 @@ def _restore(directory, template, step, *, damaged, choose=list):
   )
 
 
-# --- Processes, words and logs -----------------------------------------------
-
-
-def _everywhere(fine: bool) -> bool:
-  """Whether it is so in every process."""
-  if jax.process_count() == 1:
-    return fine
-  return bool(np.all(multihost_utils.process_allgather(np.array(fine))))
+# --- Words and logs -----------------------------------------------------------
 
 
 def _listed(steps: list[int]) -> str:

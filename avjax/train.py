@@ -142,10 +142,9 @@ def _same_stage(old: str, new: str, run: Workdir) -> bool:
 
   A run's folder may be moved, or named otherwise.
   """
-  beside = pathlib.Path(new).resolve().parent == run.root.resolve().parent
-  return (
-    bool(new) and beside and pathlib.Path(old).name == pathlib.Path(new).name
-  )
+  before, now = pathlib.Path(old), pathlib.Path(new)
+  beside = now.resolve().parent == run.root.resolve().parent
+  return bool(new) and beside and before.name == now.name
 
 
 class Loop:
@@ -401,12 +400,7 @@ class Loop:
 
   def agreed(self) -> bool:
     """Whether any process was interrupted; all have to ask."""
-    if jax.process_count() == 1:
-      return self.interrupted
-    from jax.experimental import multihost_utils
-
-    flags = multihost_utils.process_allgather(np.array(self.interrupted))
-    self.interrupted = bool(np.any(flags))
+    self.interrupted = any(parallel.exchange(self.interrupted))
     return self.interrupted
 
   def leave(self, step: int) -> None:

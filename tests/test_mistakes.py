@@ -136,7 +136,7 @@ def test_a_staged_run_goes_on_from_another_place(tmp_path):
   assert not train._same_stage("runs/demo/first", "", run)
 
 
-def test_a_mark_that_cannot_be_read_is_named(demo_data, tmp_path):
+def test_a_mark_that_cannot_be_read_is_named(tmp_path):
   run = Workdir(tmp_path)
   run.done.touch()
   with pytest.raises(InputError, match="done.json cannot be read"):
